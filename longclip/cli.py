@@ -1,0 +1,450 @@
+"""The command line: parse, call one function, print.
+
+Nothing heavy is imported here or by what the front's commands call: ``--help``, ``check``, ``submit``, ``status`` and
+``collect`` run without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from longclip import __version__
+from longclip.errors import LongclipError, UserError
+
+app = typer.Typer(
+    name="longclip",
+    help="Train image-text models at several context lengths on Slurm: one YAML an experiment, one folder a run, "
+    "one table a sweep.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Shards: synthesize, index.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+out = Console(soft_wrap=True)
+_debug = False
+
+Paths = Annotated[list[Path], typer.Argument(help="Experiment files, or folders of them.", show_default=False)]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.lr=3e-4")]
+SiteName = Annotated[str | None, typer.Option("--site", help="Site profile: a name or a file.")]
+Runs = Annotated[Path | None, typer.Option("--runs", help="Folder of the runs, in place of the site's.")]
+Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
+Target = Annotated[str | None, typer.Argument(help="Sweep, run, unique start of a run's name, path or job id.")]
+
+
+def main() -> None:
+    """Entry point: every error is one message and an exit code; ``--debug`` shows the traceback."""
+    try:
+        app()
+    except LongclipError as error:
+        if _debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `longclip status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+    if version:
+        print(f"longclip {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def check(paths: Paths, set_: Sets = None) -> None:
+    """Validate experiment files. Needs no Slurm, no data and no network."""
+    from longclip.experiment.load import load
+
+    for one in load(paths, set_):
+        e = one.experiment
+        length = f"{e.train.samples:,} samples" if e.train.samples else f"{e.train.epochs:g} epochs"
+        print(
+            f"ok  {one.sweep}/{e.name}: window {e.model.context_length}, {length}, "
+            f"batch {e.train.global_batch} = {e.slurm.ranks} x {e.train.global_batch // e.slurm.ranks}, "
+            f"{e.slurm.nodes} x {e.slurm.ranks_per_node} ranks"
+        )
+
+
+@app.command()
+def submit(
+    paths: Paths,
+    set_: Sets = None,
+    site: SiteName = None,
+    on: Annotated[str, typer.Option("--on", help="slurm, local or debug.")] = "slurm",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs and batch scripts; queue nothing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay, with a live table, until all runs have ended.")] = False,
+    parallel: Annotated[bool, typer.Option("--parallel", help="With --on local: all runs at once.")] = False,
+    runs: Runs = None,
+) -> None:
+    """Queue what is new or was interrupted; leave alone what is finished, queued or running."""
+    from longclip.experiment.load import load
+    from longclip.launch import submit as launch
+
+    profile = _site(site, runs)
+    if on not in ("slurm", "local", "debug"):
+        raise UserError(f"--on {on}: valid is slurm, local or debug")
+    plans = launch.plan(load(paths, set_), profile)
+    _print_plans(plans, profile.name)
+    if dry_run:
+        _dry_run(plans, profile)
+        return
+    _submit(plans, profile, on, wait, parallel)
+
+
+@app.command()
+def retry(
+    target: Annotated[str, typer.Argument(help="Run or sweep.")],
+    site: SiteName = None,
+    on: Annotated[str, typer.Option("--on", help="slurm, local or debug.")] = "slurm",
+    wait: Annotated[bool, typer.Option("--wait")] = False,
+    runs: Runs = None,
+) -> None:
+    """Continue runs that crashed, diverged or were cancelled, from their last checkpoint."""
+    from longclip.experiment.load import Loaded
+    from longclip.launch import submit as launch
+    from longclip.run.folder import find_runs
+
+    profile = _site(site, runs)
+    loaded = [Loaded(r.experiment(), r.path, r.sweep, r.axes()) for r in find_runs(profile.runs, target)]
+    plans = launch.plan(loaded, profile, retry=True)
+    _print_plans(plans, profile.name)
+    _submit(plans, profile, on, wait, parallel=False)
+
+
+def _site(name: str | None, runs: Path | None) -> Any:
+    from longclip.launch.site import find_site
+
+    return find_site(name, runs)
+
+
+def _print_plans(plans: Sequence[Any], site: str) -> None:
+    from longclip.launch.snapshot import code_hash, commit
+
+    out.print(f"site {site} · code {commit() or 'installed'} ({code_hash()})", highlight=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("run", "action", "why", "window", "samples", "ranks"):
+        table.add_column(column, overflow="fold")
+    for p in plans:
+        samples = f"{p.resolved.samples:,}" if p.resolved.samples else "?"
+        ask = p.experiment.slurm
+        table.add_row(
+            p.run.name,
+            p.action,
+            p.why,
+            str(p.experiment.model.context_length),
+            samples,
+            f"{ask.nodes} x {ask.ranks_per_node} {'GPU' if ask.gpus_per_node else 'CPU'}",
+        )
+    out.print(table)
+
+
+def _dry_run(plans: Sequence[Any], profile: Any) -> None:
+    from longclip.launch import submit as launch
+    from longclip.launch.scheduler import have_slurm
+
+    refused = False
+    for p in plans:
+        script = launch.batch_script(p, profile)
+        print(f"\n# ---- {p.run.sweep}/{p.run.name}")
+        print(script.rstrip())
+        if have_slurm():
+            try:
+                print(f"# sbatch --test-only: {launch.test_only(script)}")
+            except LongclipError as error:
+                refused = True
+                print(f"# {error}")
+    if not have_slurm():
+        print("\n# sbatch --test-only: not tried, there is no Slurm on this machine")
+    obstacles = launch.problems(plans)
+    for obstacle in obstacles:
+        print(f"! a submit would stop here: {obstacle}")
+    if obstacles:
+        print("! run ids above are provisional: they hold the hash of what could not be found")
+    print("dry run: nothing was queued, nothing was written")
+    if refused:
+        raise typer.Exit(3)
+
+
+def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: bool) -> None:
+    from longclip.launch import submit as launch
+
+    todo = [p for p in plans if p.queues]
+    if not todo:
+        print("nothing to queue")
+        return
+    one_by_one = on == "debug" or (on == "local" and not parallel)
+    ids = []
+    for plan, job_id, job in launch.submit(plans, profile, on):
+        ids.append(job_id)
+        if not one_by_one:
+            continue
+        if on == "debug":
+            job.results()
+        elif not _watch([p.run for p in plans], until=job.done):
+            left = [p.run.name for p in todo[len(ids) :]]
+            print(f"\nstopped watching; {plan.run.name} goes on (longclip cancel {plan.run.name} stops it)")
+            if left:
+                print(f"not started: {', '.join(left)}; the same submit continues with them")
+            raise typer.Exit(1)
+    sweeps = sorted({p.run.sweep for p in todo})
+    where = ", ".join(str(profile.runs / s) for s in sweeps)
+    if not one_by_one:
+        print(f"queued {ids[0] if len(ids) == 1 else f'{ids[0]} .. {ids[-1]} ({len(ids)} jobs)'} -> {where}")
+        print(f"watch: longclip status {sweeps[0]} -w    undo: longclip cancel {sweeps[0]}")
+        if not wait:
+            return
+        _watch([p.run for p in plans])
+    _sync([p.run for p in plans], profile)
+    _leave_by_outcome([p.run for p in todo])
+
+
+def _leave_by_outcome(runs: Sequence[Any]) -> None:
+    """Exit code 1 if a run that was waited for did not finish, and what to do about it."""
+    from longclip.launch.status import statuses
+
+    rows, _ = statuses(runs)
+    bad = [r for r in rows if r.state != "finished"]
+    for row in bad:
+        print(f"{row.run.name}: {row.state}: {row.note}\n  next: longclip logs {row.run.name}")
+    if bad:
+        raise typer.Exit(1)
+    print(f"all finished; next: longclip collect {rows[0].run.sweep}")
+
+
+@app.command()
+def status(
+    target: Target = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Stay and refresh.")] = False,
+    as_json: Json = False,
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """Where runs stand: from their records and the scheduler's word."""
+    from longclip.launch.status import statuses
+
+    found = _find(site, runs, target)
+    if as_json:
+        print(json.dumps([s.as_dict() for s in statuses(found)[0]], indent=1))
+    elif watch:
+        _watch(found)
+    else:
+        out.print(_status_table(found))
+
+
+def _find(site: str | None, runs: Path | None, target: str | None) -> list[Any]:
+    from longclip.run.folder import find_runs, runs_of
+
+    root = _site(site, runs).runs
+    if target is not None:
+        return find_runs(root, target)
+    found = list(runs_of(root))
+    if not found:
+        raise UserError(f"no runs under {root}", "longclip submit experiments/demo, or --runs DIR")
+    return found
+
+
+def _status_table(runs: Sequence[Any]) -> Table:
+    from longclip.launch.status import statuses
+
+    rows, words = statuses(runs)
+    ages = [r.age for r in rows if r.age is not None and r.state == "running"]
+    source = " · ".join(filter(None, [words.sources, f"journals {min(ages):.0f} s ago" if ages else ""]))
+    table = Table(box=None, pad_edge=False, header_style="bold", caption=source or None, caption_justify="left")
+    for column in ("run", "state", "samples", "loss", "R@1 val", "smp/s", "note"):
+        table.add_column(column, justify="right" if column in ("samples", "loss", "R@1 val", "smp/s") else "left")
+    colours = {"finished": "green", "running": "cyan", "crashed": "red", "diverged": "red", "lost": "yellow"}
+    for r in rows:
+        total = f"{r.total:,}" if r.total else "?"
+        table.add_row(
+            r.run.name,
+            f"[{colours.get(r.state, 'default')}]{r.state}[/]",
+            f"{r.samples:,}/{total}",
+            "-" if r.loss is None else f"{r.loss:.3f}",
+            "-" if r.recall is None else f"{100 * r.recall:.1f}",
+            "-" if r.speed is None else f"{r.speed:.0f}",
+            r.note,
+        )
+    return table
+
+
+def _watch(runs: Sequence[Any], until: Any = None) -> bool:
+    """Shows the live table until no run is queued or running (or ``until()``); False if the user stopped it."""
+    from longclip.launch.status import statuses
+
+    def over() -> bool:
+        if until is not None:
+            return bool(until())
+        return all(s.state not in ("queued", "running") for s in statuses(runs)[0])
+
+    try:
+        if not out.is_terminal:
+            last = ""
+            while not (done := over()) or last == "":
+                lines = [f"{s.run.name} {s.state} {s.samples:,}" for s in statuses(runs)[0] if s.state == "running"]
+                if (line := "; ".join(lines) or "waiting") != last:
+                    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+                    last = line
+                if done:
+                    break
+                _pause(until, 20.0)
+            out.print(_status_table(runs))
+            return True
+        with Live(_status_table(runs), console=out, refresh_per_second=2) as live:
+            while not over():
+                _pause(until, 2.0)
+                live.update(_status_table(runs))
+            live.update(_status_table(runs))
+        return True
+    except KeyboardInterrupt:
+        return False
+
+
+def _pause(until: Any, seconds: float) -> None:
+    """Sleeps, but not past the end of what is waited for."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not (until is not None and until()):
+        time.sleep(0.5)
+
+
+@app.command()
+def logs(
+    target: Annotated[str, typer.Argument(help="Run.")],
+    rank: Annotated[int, typer.Option("--rank", help="Whose log.")] = 0,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last lines.")] = 40,
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """The last lines of a run's log, and the first error if it failed."""
+    from longclip.run.attempts import attempts_of
+
+    (run,) = _single(_find(site, runs, target))
+    attempts = attempts_of(run)
+    if not attempts:
+        raise UserError(f"{run.name}: has not been submitted yet")
+    last = attempts[-1]
+    errors = sorted(last.path.glob("error-*.txt"), key=lambda p: p.stat().st_mtime)
+    files = sorted(last.logs.glob(f"*_{rank}_log.out"))
+    if not files and not errors:
+        raise UserError(f"{run.name}: attempt {last.number} has no log of rank {rank} yet ({last.logs})")
+    for file in files[-1:]:
+        print(f"==> {file}")
+        print("\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))
+    for error in errors[:1]:
+        print(f"==> first to fail: {error}")
+        print(error.read_text(encoding="utf-8"))
+
+
+def _single(found: list[Any]) -> list[Any]:
+    if len(found) != 1:
+        raise UserError(f"that is {len(found)} runs: {', '.join(r.name for r in found)}; name one")
+    return found
+
+
+@app.command()
+def cancel(target: Annotated[str, typer.Argument(help="Run or sweep.")], site: SiteName = None, runs: Runs = None) -> None:
+    """Stop queued and running jobs for good; ``retry`` continues them."""
+    from longclip.launch.cancel import cancel_runs
+
+    cancelled = cancel_runs(_find(site, runs, target))
+    for name, what in cancelled:
+        print(f"{name}: {what}")
+    if not cancelled:
+        print("nothing to cancel: no run is queued or running")
+
+
+@app.command()
+def collect(
+    targets: Annotated[list[str], typer.Argument(help="Sweeps or runs.")],
+    dest: Annotated[Path | None, typer.Option("--out", help="Folder for tables and curves.")] = None,
+    no_sync: Annotated[bool, typer.Option("--no-sync", help="Leave MLflow alone.")] = False,
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """Lay a sweep out side by side: one row a run, curves, CSV and Markdown."""
+    from longclip.collect.tables import collect as collect_runs
+    from longclip.collect.tables import terminal
+
+    found = [run for target in targets for run in _find(site, runs, target)]
+    result = collect_runs(found, dest or Path("results") / found[0].sweep)
+    out.print(terminal(result))
+    for warning in result.warnings:
+        print(f"! {warning}")
+    print(f"wrote {', '.join(str(p) for p in result.files)}")
+    if not no_sync:
+        _sync(found, _site(site, runs))
+
+
+@app.command()
+def sync(target: Target = None, site: SiteName = None, runs: Runs = None) -> None:
+    """Replay journals into MLflow: one run, one curve. Any number of times."""
+    _sync(_find(site, runs, target), _site(site, runs))
+
+
+def _sync(found: Sequence[Any], profile: Any) -> None:
+    from longclip.track.mlflow import sync as replay
+
+    report = replay(found, profile.tracking_uri)
+    print(f"MLflow: {report}    look: mlflow ui --backend-store-uri {profile.tracking_uri}")
+
+
+@app.command()
+def train(
+    file: Annotated[Path, typer.Argument(help="One experiment file.")],
+    set_: Sets = None,
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """Train here and now, on the ranks of torchrun or srun, or alone; needs longclip[train]."""
+    from longclip.launch.direct import train_here
+
+    print(train_here(file, set_ or [], _site(site, runs)))
+
+
+@data_app.command()
+def index(
+    shards: Annotated[Path, typer.Argument(help="Folder of *.tar.")],
+    dest: Annotated[Path | None, typer.Option("--out", help="Where the index goes, if not beside the shards.")] = None,
+    workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 1,
+) -> None:
+    """Index a folder of WebDataset shards, once."""
+    from longclip.data.shards import index_folder
+
+    print(index_folder(shards, dest, workers))
+
+
+@data_app.command()
+def synthesize(
+    dest: Annotated[Path, typer.Argument(help="Folder for train/, val/, test/ and tokenizer/.")],
+    train: Annotated[int, typer.Option("--train", help="Training pairs.")] = 20000,
+    val: Annotated[int, typer.Option("--val", help="Validation pairs.")] = 400,
+    test: Annotated[int, typer.Option("--test", help="Test pairs.")] = 1000,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Draw images with long captions whose best possible Recall@1 is known at every window."""
+    from longclip.data.synthetic import synthesize as draw
+
+    draw(dest, train, val, test, seed)
+    print(f"wrote {dest}/train ({train:,} pairs), {dest}/val ({val:,}), {dest}/test ({test:,}), {dest}/tokenizer")
+
+
+if __name__ == "__main__":
+    main()

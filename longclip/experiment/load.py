@@ -1,0 +1,432 @@
+"""From YAML files to experiments: ``extends``, ``sweep``, ``${env:NAME}`` and ``--set``, with line numbers throughout.
+
+Every value remembers the file and line that said it, so that a mistake found after merging is reported where it
+was typed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from longclip.errors import ExperimentError, Mistake, UserError
+from longclip.experiment.identity import natural
+from longclip.experiment.schema import Experiment
+
+Key = tuple[str, ...]
+
+PATHS: tuple[Key, ...] = (
+    ("data", "train"),
+    ("data", "val"),
+    ("data", "test"),
+    ("model", "image", "tower"),
+    ("model", "text", "tower"),
+    ("model", "text", "tokenizer"),
+)
+"""Values that may be paths; a path is taken relative to the file that says it."""
+
+_SHORT = {"context_length": "ctx", "seed": "s", "lr": "lr", "global_batch": "b", "zero_stage": "zero"}
+_ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written; ``line`` 0 stands for the command line."""
+
+    file: Path | None
+    line: int
+
+    def __str__(self) -> str:
+        return "--set" if self.file is None else f"{_shown(self.file)}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An experiment, and what is known of where it came from."""
+
+    experiment: Experiment
+    file: Path
+    sweep: str
+    """name of the sweep: the folder that holds the file"""
+    axes: dict[str, Any] = field(default_factory=dict)
+    """what ``sweep:`` varies, by dotted key"""
+
+
+@dataclass
+class _Tree:
+    values: dict[str, Any]
+    origins: dict[Key, Origin]
+
+    def origin(self, key: Key, file: Path) -> Origin:
+        """The nearest known origin: of the key itself, else of the section that holds it."""
+        for length in range(len(key), 0, -1):
+            if found := self.origins.get(key[:length]):
+                return found
+            if below := [o for k, o in self.origins.items() if k[:length] == key[:length]]:
+                return below[0]
+        return Origin(file, 1)
+
+
+def load(paths: list[Path], overrides: list[str] | None = None) -> list[Loaded]:
+    """All experiments of ``paths`` (files, or folders whose ``*.yaml`` do not start with ``_``), overridden by
+    ``a.b=value`` settings.
+
+    Raises:
+        ExperimentError: with every mistake of every file, each with file, line and key.
+    """
+    loaded: list[Loaded] = []
+    mistakes: list[Mistake] = []
+    for file in _files(paths):
+        try:
+            loaded.extend(_load_file(file, overrides or []))
+        except ExperimentError as error:
+            mistakes.extend(error.mistakes)
+    by_name: dict[tuple[str, str], Path] = {}
+    for one in loaded:
+        key = (one.sweep, one.experiment.name)
+        if key in by_name:
+            mistakes.append(
+                Mistake(_shown(one.file), "name", f"{one.experiment.name!r} is also the name in {_shown(by_name[key])}")
+            )
+        by_name[key] = one.file
+    if mistakes:
+        raise ExperimentError(list(dict.fromkeys(mistakes)))
+    return loaded
+
+
+def _shown(file: Path) -> str:
+    """The path as the user would type it: relative to the current folder where that is shorter."""
+    try:
+        relative = os.path.relpath(file)
+    except ValueError:
+        return str(file)
+    return relative if len(relative) < len(str(file)) else str(file)
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted((p for p in path.glob("*.yaml") if not p.name.startswith("_")), key=lambda p: natural(p.name))
+            if not found:
+                raise UserError(f"{path}: no experiment in this folder (*.yaml, not starting with _)")
+            files.extend(found)
+        elif path.is_file():
+            if path.name.startswith("_"):
+                raise UserError(f"{path}: files that start with _ are bases, not runs", f"ls {path.parent}/*.yaml")
+            files.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    return list(dict.fromkeys(f.resolve() for f in files))
+
+
+def _load_file(file: Path, overrides: list[str]) -> list[Loaded]:
+    tree = _read(file, ())
+    for text in overrides:
+        _override(tree, text)
+    _substitute_env(tree)
+    sweep = tree.values.pop("sweep", None)
+    _resolve_paths(tree)
+    tree.values.setdefault("name", file.stem)
+    if sweep is None:
+        return [Loaded(_validate(tree, file), file, file.parent.name)]
+    return [
+        Loaded(_validate(variant, file), file, file.parent.name, axes) for variant, axes in _grid(tree, sweep, file)
+    ]
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load, with YAML 1.2's floats: YAML 1.1 reads ``5e-4`` as a string."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _read(file: Path, chain: tuple[Path, ...]) -> _Tree:
+    """The tree of a file merged over that of its ``extends``."""
+    if file in chain:
+        names = " -> ".join(p.name for p in (*chain[chain.index(file) :], file))
+        raise ExperimentError([Mistake(f"{_shown(chain[-1])}", "extends", f"goes in a circle: {names}")])
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExperimentError([Mistake(_shown(file), "", f"cannot be read: {error}")]) from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        origins: dict[Key, Origin] = {}
+        values = {} if node is None else _build(loader, node, (), file, origins)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ExperimentError([Mistake(f"{_shown(file)}:{line}", "", f"not valid YAML: {error.problem}")]) from None
+    except yaml.YAMLError as error:
+        raise ExperimentError([Mistake(_shown(file), "", f"not valid YAML: {error}")]) from None
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        raise ExperimentError([Mistake(f"{_shown(file)}:1", "", "an experiment is a mapping of keys to values")])
+    tree = _Tree(values, origins)
+    parent = tree.values.pop("extends", None)
+    if parent is None:
+        return tree
+    where = tree.origins[("extends",)]
+    if not isinstance(parent, str):
+        raise ExperimentError([Mistake(str(where), "extends", "is the path of one other file")])
+    base = (file.parent / parent).resolve()
+    if not base.is_file():
+        near = difflib.get_close_matches(base.name, [p.name for p in base.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ExperimentError([Mistake(str(where), "extends", f"no such file: {parent}{hint}")])
+    below = _read(base, (*chain, file))
+    _merge(below, tree, ())
+    return below
+
+
+def _build(loader: _Loader, node: yaml.Node, path: Key, file: Path, origins: dict[Key, Origin]) -> Any:
+    """Plain values of a YAML node; fills ``origins``, refuses duplicate keys."""
+    if path:
+        origins.setdefault(path, Origin(file, node.start_mark.line + 1))
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        result: dict[str, Any] = {}
+        own = [(k, v) for k, v in node.value if k.tag != "tag:yaml.org,2002:merge"]
+        for key_node, _ in own:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                raise ExperimentError(
+                    [Mistake(f"{_shown(file)}:{line}", ".".join((*path, key)), f"given twice; first on line {seen[key]}")]
+                )
+            seen[key] = line
+        loader.flatten_mapping(node)
+        for key_node, value_node in node.value:
+            key = str(key_node.value)
+            origins[(*path, key)] = Origin(file, key_node.start_mark.line + 1)
+            result[key] = _build(loader, value_node, (*path, key), file, origins)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(loader, item, (*path, str(i)), file, origins) for i, item in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+
+
+def _merge(below: _Tree, above: _Tree, path: Key) -> None:
+    """Lays ``above`` over ``below``: mappings are merged, everything else is replaced."""
+
+    def lay(under: dict[str, Any], over: dict[str, Any], path: Key) -> None:
+        for key, value in over.items():
+            here = (*path, key)
+            if isinstance(value, dict) and isinstance(under.get(key), dict):
+                lay(under[key], value, here)
+                continue
+            under[key] = value
+            for known in [k for k in below.origins if k[: len(here)] == here]:
+                del below.origins[known]
+            below.origins.update({k: o for k, o in above.origins.items() if k[: len(here)] == here})
+
+    lay(below.values, above.values, path)
+
+
+def _override(tree: _Tree, text: str) -> None:
+    """Applies ``a.b=value``; the value is YAML."""
+    key, equals, value = text.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path):
+        raise ExperimentError([Mistake("--set", text, "is not of the form key.path=value")])
+    loader = _Loader(value)
+    try:
+        node = loader.get_single_node()
+        parsed = None if node is None else _build(loader, node, path, Path("--set"), {})
+    except yaml.YAMLError:
+        raise ExperimentError([Mistake("--set", key, f"{value!r} is not valid YAML")]) from None
+    finally:
+        loader.dispose()
+    _put(tree, path, parsed, Origin(None, 0))
+
+
+def _put(tree: _Tree, path: Key, value: Any, origin: Origin) -> None:
+    at = tree.values
+    for part in path[:-1]:
+        if not isinstance(at.get(part), dict):
+            at[part] = {}
+        at = at[part]
+    at[path[-1]] = value
+    for known in [k for k in tree.origins if k[: len(path)] == path]:
+        del tree.origins[known]
+    tree.origins[path] = origin
+
+
+# ---- values that refer to something ------------------------------------------------------------------------------
+
+
+def _leaves(values: Any, path: Key = ()) -> Iterator[tuple[Key, Any]]:
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _leaves(value, (*path, key))
+    elif isinstance(values, list):
+        for i, value in enumerate(values):
+            yield from _leaves(value, (*path, str(i)))
+    else:
+        yield path, values
+
+
+def _set_leaf(values: Any, path: Key, value: Any) -> None:
+    for part in path[:-1]:
+        values = values[int(part)] if isinstance(values, list) else values[part]
+    if isinstance(values, list):
+        values[int(path[-1])] = value
+    else:
+        values[path[-1]] = value
+
+
+def _substitute_env(tree: _Tree) -> None:
+    """Replaces ``${env:NAME}``. Secrets have no place in an experiment: it is copied into every run's record."""
+    mistakes = []
+    for path, value in list(_leaves(tree.values)):
+        if not isinstance(value, str) or "${" not in value:
+            continue
+        where, dotted = str(tree.origin(path, Path())), ".".join(path)
+        for name in _ENV.findall(value):
+            if _SECRET.search(name):
+                mistakes.append(
+                    Mistake(where, dotted, f"${{env:{name}}} looks like a secret; set it in the job's environment instead")
+                )
+            elif name not in os.environ:
+                mistakes.append(Mistake(where, dotted, f"the environment variable {name} is not set"))
+        if "${" in _ENV.sub("", value):
+            mistakes.append(Mistake(where, dotted, f"{value!r}: the only substitution is ${{env:NAME}}"))
+        _set_leaf(tree.values, path, _ENV.sub(lambda m: os.environ.get(m[1], ""), value))
+    if mistakes:
+        raise ExperimentError(mistakes)
+
+
+def _resolve_paths(tree: _Tree) -> None:
+    values = dict(_leaves(tree.values))
+    for path in PATHS:
+        value = values.get(path)
+        if isinstance(value, str) and value.startswith((".", "/", "~")):
+            origin = tree.origins.get(path)
+            folder = origin.file.parent if origin and origin.file else Path.cwd()
+            _set_leaf(tree.values, path, os.path.normpath(folder / Path(value).expanduser()))
+
+
+# ---- sweeps ------------------------------------------------------------------------------------------------------
+
+
+def _grid(tree: _Tree, sweep: Any, file: Path) -> Iterator[tuple[_Tree, dict[str, Any]]]:
+    """One tree per point of ``sweep: {grid: {dotted.key: [values]}}``, named by what varies."""
+    where = str(tree.origin(("sweep",), file))
+    if not isinstance(sweep, dict) or set(sweep) != {"grid"} or not isinstance(sweep["grid"], dict) or not sweep["grid"]:
+        raise ExperimentError([Mistake(where, "sweep", "valid is 'grid: {dotted.key: [value, ...], ...}'")])
+    for key, values in sweep["grid"].items():
+        if not isinstance(values, list) or not values:
+            raise ExperimentError([Mistake(where, f"sweep.grid.{key}", "is a list of at least one value")])
+    prefix = tree.values["name"]
+    prefix = "" if prefix == file.stem else f"{prefix}_"
+    for point in itertools.product(*sweep["grid"].values()):
+        axes = dict(zip(sweep["grid"], point, strict=True))
+        variant = _Tree(_copy(tree.values), dict(tree.origins))
+        for key, value in axes.items():
+            _put(variant, tuple(key.split(".")), value, tree.origin(("sweep", "grid", key), file))
+        variant.values["name"] = prefix + "_".join(short_name(k, v) for k, v in axes.items())
+        yield variant, axes
+
+
+def short_name(key: str, value: Any) -> str:
+    """``("train.lr", 0.0003)`` -> ``lr3e-4``: how an axis shows in a run's name."""
+    last = key.rpartition(".")[2]
+    if isinstance(value, float):
+        plain = f"{value:g}"
+        exponent = re.sub(r"e([-+])0*(\d+)", lambda m: "e" + m[1].replace("+", "") + m[2], f"{value:e}")
+        scientific = re.sub(r"\.?0*e", "e", exponent)
+        text = min(plain, scientific, key=len)
+    else:
+        text = str(value)
+    return _SHORT.get(last, last) + re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-")
+
+
+def _copy(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {k: _copy(v) for k, v in values.items()}
+    return [_copy(v) for v in values] if isinstance(values, list) else values
+
+
+# ---- validation --------------------------------------------------------------------------------------------------
+
+
+def _validate(tree: _Tree, file: Path) -> Experiment:
+    try:
+        return Experiment.model_validate(tree.values)
+    except ValidationError as error:
+        raise ExperimentError([_mistake(e, tree, file) for e in error.errors(include_url=False)]) from None
+
+
+def _mistake(error: ErrorDetails, tree: _Tree, file: Path) -> Mistake:
+    key = tuple(str(part) for part in error["loc"])
+    ctx = error.get("ctx", {})
+    if error["type"] == "longclip":
+        key += tuple(ctx["key"].split("."))
+        return Mistake(str(tree.origin(key, file)), ".".join(key), str(ctx["message"]))
+    what = error["msg"]
+    if error["type"] == "extra_forbidden":
+        what = _unknown_key(key)
+    elif error["type"] == "missing":
+        what = "missing"
+    elif error["type"] in ("model_type", "model_attributes_type"):
+        what = f"is a section of keys, not {error['input']!r}"
+    else:
+        key = tuple(p for p in key if not re.match(r"(constrained-)?(int|float|str)$|literal\[", p))  # a union's arms
+        what = f"is {error['input']!r}; {what[0].lower()}{what[1:]}"
+    return Mistake(str(tree.origin(key, file)), ".".join(key), what)
+
+
+def _unknown_key(key: Key) -> str:
+    fields = list(_fields(key[:-1]))
+    near = difflib.get_close_matches(key[-1], fields, 1, cutoff=0.6)
+    elsewhere = [path for path in known_keys() if path.rpartition(".")[2] == key[-1]]
+    if near:
+        return f"unknown key; did you mean {near[0]}?"
+    if elsewhere:
+        return f"unknown key here; did you mean {elsewhere[0]}?"
+    return f"unknown key; valid here: {', '.join(fields)}"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for a in typing.get_args(annotation) if (s := _section(a))), None)
+
+
+def _fields(path: Key) -> dict[str, Any]:
+    model: type[BaseModel] | None = Experiment
+    for part in path:
+        model = _section(model.model_fields[part].annotation) if model and part in model.model_fields else None
+    extra = {"extends": None, "sweep": None} if not path else {}
+    return {**(model.model_fields if model else {}), **extra}
+
+
+def known_keys(path: Key = ()) -> list[str]:
+    """Dotted paths of all keys that an experiment may hold."""
+    keys = []
+    for name, info in _fields(path).items():
+        keys.append(".".join((*path, name)))
+        if info is not None and _section(info.annotation):
+            keys.extend(known_keys((*path, name)))
+    return keys

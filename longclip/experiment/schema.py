@@ -1,0 +1,319 @@
+"""What an experiment file may say: a frozen schema in two halves.
+
+``model``, ``data`` and ``train`` decide the weights; they are the experiment's identity (see ``identity.py``).
+``engine``, ``evaluate``, ``checkpoint``, ``slurm`` and ``track`` decide how, where and how often; they may be
+changed while a run is under way, and the run continues.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+IDENTITY = ("model", "data", "train")
+"""Sections that decide the weights."""
+
+DEEPSPEED_OURS = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "engine.micro_batch",
+    "gradient_accumulation_steps": "engine.micro_batch",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "train.lr, train.betas, train.eps, train.weight_decay",
+    "scheduler": "train.schedule, train.warmup_steps",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "activation_checkpointing": "engine.activation_checkpointing",
+}
+"""Keys of a DeepSpeed configuration that experiment fields already decide."""
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are not coerced, nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+def bad(key: str, message: str) -> PydanticCustomError:
+    """An error that names the key at fault, relative to the section whose validator raises it."""
+    return PydanticCustomError("longclip", "{message}", {"key": key, "message": message})
+
+
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class ImageTower(Section):
+    """Image side: ``tower`` (a hub id or a folder with weights) or ``config`` (drawn weights)."""
+
+    tower: str | None = None
+    config: dict[str, Any] | None = None
+    pool: Literal["cls", "mean"] = "cls"
+    head: Literal["linear", "mlp2"] = "linear"
+
+    @model_validator(mode="after")
+    def _source(self) -> ImageTower:
+        _one_source(self.tower, self.config, ("clip_vision_model", "vit"))
+        return self
+
+
+class TextTower(Section):
+    """Text side; ``tokenizer`` is a hub id or a folder, by default the tower's own."""
+
+    tower: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    pool: Literal["cls", "mean"] = "mean"
+    head: Literal["linear", "mlp2"] = "mlp2"
+
+    @model_validator(mode="after")
+    def _source(self) -> TextTower:
+        _one_source(self.tower, self.config, ("modernbert", "bert"))
+        if self.tokenizer is None and self.tower is None:
+            raise bad("tokenizer", "missing: a tower made from a config needs a tokenizer (a folder or a hub id)")
+        return self
+
+
+def _one_source(tower: str | None, config: dict[str, Any] | None, types: tuple[str, ...]) -> None:
+    if (tower is None) == (config is None):
+        raise bad(
+            "tower",
+            "give either 'tower' (a hub id or a folder with weights) or 'config' (a transformers configuration, "
+            "weights are drawn)" + ("" if tower is None else "; both are set, and 'config: null' unsets one"),
+        )
+    if config is not None and config.get("model_type") not in types:
+        raise bad("config.model_type", f"is {config.get('model_type')!r}; known here: {', '.join(types)}")
+
+
+class Model(Section):
+    """Two towers and one joint space. ``context_length`` is where the text is cut, special tokens included."""
+
+    context_length: Annotated[int, Field(ge=4)]
+    image: ImageTower
+    text: TextTower
+    embed_dim: Annotated[int, Field(ge=1)] = 512
+
+    @model_validator(mode="after")
+    def _positions(self) -> Model:
+        positions = (self.text.config or {}).get("max_position_embeddings")
+        if isinstance(positions, int) and self.context_length > positions:
+            raise bad(
+                "context_length",
+                f"is {self.context_length}, but the text tower has {positions} positions "
+                f"(model.text.config.max_position_embeddings); at most {positions}",
+            )
+        return self
+
+
+class Data(Section):
+    """Datasets: a name that the site profile knows, or a path (``./``, ``../``, ``/``) to indexed shards."""
+
+    train: str
+    val: str
+    test: str | None = None
+    text: Annotated[str, Field(min_length=1)] = "txt"
+    """``txt`` for the sample's text member, else the name of a field of its JSON member"""
+
+
+class Train(Section):
+    """The recipe. Length is ``samples`` or ``epochs``; a step always sees ``global_batch`` pairs at once."""
+
+    samples: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    global_batch: Annotated[int, Field(ge=2)]
+    precision: Literal["fp32", "bf16"] = "bf16"
+    lr: Annotated[float, Field(gt=0, le=10)]
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    betas: Pair = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.2
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    crop_scale: Pair = (0.9, 1.0)
+    """area of the random crop, as a share of the image; [1, 1] crops nothing"""
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _length(self) -> Train:
+        if (self.samples is None) == (self.epochs is None):
+            raise bad("samples", "give either 'samples' or 'epochs'" + ("" if self.samples is None else ", not both"))
+        if not all(0 <= b < 1 for b in self.betas):
+            raise bad("betas", f"are {list(self.betas)}; each must be at least 0 and below 1")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise bad("crop_scale", f"is {list(self.crop_scale)}; valid is [low, high] with 0 < low <= high <= 1")
+        return self
+
+
+class Engine(Section):
+    """How the step is computed. None of it changes the result beyond rounding."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    activation_checkpointing: bool = False
+    loader_workers: Annotated[int, Field(ge=0)] = 2
+    """processes that decode images, per rank"""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """passed to DeepSpeed as it is; keys that this file decides elsewhere are refused"""
+
+    @model_validator(mode="after")
+    def _deepspeed(self) -> Engine:
+        for key, ours in DEEPSPEED_OURS.items():
+            if key in self.deepspeed:
+                raise bad(f"deepspeed.{key}", f"is decided by {ours}; set that instead")
+        if "stage" in (self.deepspeed.get("zero_optimization") or {}):
+            raise bad("deepspeed.zero_optimization.stage", "is decided by engine.zero_stage; set that instead")
+        return self
+
+
+class Evaluate(Section):
+    """Retrieval on the validation set while training; the best checkpoint is chosen by it."""
+
+    every: str = "1 epoch"
+    batch: Annotated[int, Field(ge=1)] = 256
+
+    @model_validator(mode="after")
+    def _every(self) -> Evaluate:
+        parse_interval(self.every, "every", ("epoch", "samples", "steps"))
+        return self
+
+
+class Keep(Section):
+    """How many checkpoints stay on disk."""
+
+    last: Annotated[int, Field(ge=1)] = 2
+    best: Annotated[int, Field(ge=1, le=1)] = 1
+
+
+class Checkpoint(Section):
+    """When the state is saved: every so many minutes, samples, steps or epochs, and always at the end."""
+
+    every: str = "15min"
+    keep: Keep = Field(default_factory=Keep)
+
+    @model_validator(mode="after")
+    def _every(self) -> Checkpoint:
+        parse_interval(self.every, "every", ("min", "samples", "steps", "epoch"))
+        return self
+
+
+class Slurm(Section):
+    """What one job asks for; what is left out comes from the site profile."""
+
+    nodes: Annotated[int, Field(ge=1)] = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] = 0
+    tasks_per_node: Annotated[int, Field(ge=1)] | None = None
+    """one task per GPU unless said otherwise; on machines without GPUs, the CPU ranks of a node"""
+    cpus_per_task: Annotated[int, Field(ge=1)] | None = None
+    mem_gb: Annotated[float, Field(gt=0)] | None = None
+    time: str = "04:00:00"
+    partition: str | None = None
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @model_validator(mode="after")
+    def _check(self) -> Slurm:
+        parse_time(self.time)
+        if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
+            raise bad("tasks_per_node", f"is {self.tasks_per_node} with {self.gpus_per_node} GPUs; one task per GPU")
+        return self
+
+
+class Track(Section):
+    """MLflow. ``experiment`` is the name shown there, by default the sweep's."""
+
+    experiment: str | None = None
+
+
+class Experiment(Section):
+    """One run to be: everything that a file (with its bases, its sweep and ``--set``) says."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+    model: Model
+    data: Data
+    train: Train
+    engine: Engine = Field(default_factory=Engine)
+    evaluate: Evaluate = Field(default_factory=Evaluate)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    slurm: Slurm = Field(default_factory=Slurm)
+    track: Track = Field(default_factory=Track)
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> Experiment:
+        if self.train.precision == "bf16" and self.engine.zero_stage == 0:
+            raise bad(
+                "engine.zero_stage",
+                "is 0 with train.precision bf16, which DeepSpeed gets wrong (a phantom first Adam step); "
+                "use stage 1, 2 or 3, or precision fp32",
+            )
+        check_batch(self, self.slurm.ranks)
+        return self
+
+
+def check_batch(experiment: Experiment, ranks: int) -> int:
+    """Pairs of the global batch that each of ``ranks`` processes holds.
+
+    Raises a pydantic error where the batch does not divide, or where a smaller micro batch would need gradient
+    accumulation: that would shrink the set of negatives and change the experiment in silence.
+    """
+    batch = experiment.train.global_batch
+    if batch % ranks:
+        below, above = batch - batch % ranks, batch + ranks - batch % ranks
+        raise bad(
+            "train.global_batch",
+            f"is {batch}, which does not divide among {ranks} ranks; nearest that do: {below}, {above}",
+        )
+    micro = experiment.engine.micro_batch
+    if micro != "auto" and micro != batch // ranks:
+        raise bad(
+            "engine.micro_batch",
+            f"is {micro}, but {batch} pairs on {ranks} ranks are {batch // ranks} each; accumulating smaller "
+            f"micro batches would shrink the negatives; use auto, or {batch // micro if micro <= batch else 1} ranks",
+        )
+    return batch // ranks
+
+
+_INTERVAL = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(min|minutes?|epochs?|samples?|steps?)\s*$")
+
+
+def parse_interval(text: str, key: str, units: tuple[str, ...]) -> tuple[float, str]:
+    """``"15min"`` -> ``(15.0, "min")``; units are min, epoch, samples, steps."""
+    match = _INTERVAL.match(text)
+    if match:
+        number = float(match[1])
+        unit = next(u for u in ("min", "epoch", "samples", "steps") if u.startswith(match[2].rstrip("s")[:3]))
+        if unit in units and number > 0:
+            return number, unit
+    raise bad(key, f"is {text!r}; valid is a number with one of {', '.join(units)}, such as '1 {units[0]}'")
+
+
+_TIME = re.compile(r"^(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?$")
+
+
+def parse_time(text: str) -> int:
+    """Minutes of a Slurm time limit, rounded up.
+
+    Forms are those of sbatch(1): ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``,
+    ``days-hours:minutes``, ``days-hours:minutes:seconds``. So ``24:00`` is 24 minutes, not a day.
+    """
+    match = _TIME.match(text.strip())
+    if not match:
+        raise bad("time", f"is {text!r}; valid is hours:minutes:seconds or days-hours, such as '04:00:00' or '1-12'")
+    days, *rest = match.groups()
+    a, b, c = (None if g is None else int(g) for g in rest)
+    if days is not None:
+        seconds = int(days) * 86400 + (a or 0) * 3600 + (b or 0) * 60 + (c or 0)
+    elif c is not None:
+        seconds = (a or 0) * 3600 + (b or 0) * 60 + c
+    else:
+        seconds = (a or 0) * 60 + (b or 0)
+    if seconds <= 0:
+        raise bad("time", f"is {text!r}, which is no time at all")
+    return -(-seconds // 60)

@@ -1,0 +1,41 @@
+"""Stopping runs for good. The mark in the record comes first: whatever the job still does, the run counts as cancelled."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+
+from longclip.errors import SiteError
+from longclip.launch.status import statuses
+from longclip.run.attempts import attempts_of
+from longclip.run.folder import RunFolder, write_json
+
+
+def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
+    """Cancels what is queued or running; ``(run, what was done)`` for each.
+
+    Raises:
+        SiteError: scancel failed; its own words.
+    """
+    alive = [s.run for s in statuses(runs)[0] if s.state in ("queued", "running")]
+    done = []
+    slurm: list[str] = []
+    for run in alive:
+        last = attempts_of(run)[-1]
+        write_json(last.path / "cancelled.json", {"time": time.time(), "user": os.environ.get("USER", str(os.getuid()))})
+        if (last.submitted or {}).get("executor") in ("local", "debug"):
+            with contextlib.suppress(ProcessLookupError):  # it ended by itself in this moment
+                os.kill(int(str(last.job)), signal.SIGTERM)
+            done.append((run.name, f"told process {last.job} to save and stop"))
+        else:
+            slurm.append(str(last.job))
+            done.append((run.name, f"scancel {last.job}"))
+    if slurm:
+        result = subprocess.run(["scancel", *slurm], capture_output=True, text=True)
+        if result.returncode != 0:
+            raise SiteError(f"scancel: {result.stderr.strip()}")
+    return done

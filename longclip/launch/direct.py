@@ -1,0 +1,49 @@
+"""Training without a queue: under torchrun, under srun, or as one process. The record is the same."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from longclip.errors import LongclipError, UserError
+from longclip.experiment.load import load
+from longclip.launch import submit
+from longclip.launch.site import Site
+from longclip.launch.worker import stop_at_step_boundary, train_attempt
+from longclip.run.folder import RunFolder
+from longclip.train import ranks as processes
+
+
+def train_here(file: Path, overrides: list[str], site: Site) -> str:
+    """Trains the one experiment of ``file`` on the ranks that the launcher made; returns the verdict.
+
+    Raises:
+        UserError: the file is a sweep, or its run is finished, queued or running.
+    """
+    stop_at_step_boundary(with_ctrl_c=True)
+    ranks = processes.start()
+    failure: LongclipError | None = None
+    told: tuple[str, int] | None = None
+    if ranks.rank == 0:  # one rank decides: another would already see the attempt that this one makes
+        try:
+            told = _record(file, overrides, site)
+        except LongclipError as error:
+            failure = error
+    told = ranks.tell(told)
+    if told is None:
+        raise failure or UserError("rank 0 could not begin; its message says why")
+    return train_attempt(RunFolder(Path(told[0])), told[1], ranks)
+
+
+def _record(file: Path, overrides: list[str], site: Site) -> tuple[str, int]:
+    loaded = load([file], overrides)
+    if len(loaded) != 1:
+        raise UserError(f"{file}: is a sweep of {len(loaded)} experiments; longclip submit queues them")
+    (plan,) = submit.plan(loaded, site, retry=True)
+    for problem in submit.problems([plan]):
+        raise problem
+    if not plan.queues:
+        raise UserError(f"{plan.run.name}: {plan.why}", f"longclip status {plan.run.name}")
+    plan.run.create(plan.experiment, plan.identity, dict(plan.axes))
+    attempt = submit.record_attempt(plan, site, "local", str(os.getpid()))
+    return str(plan.run.path), attempt.number

@@ -1,0 +1,133 @@
+"""Names to content: which folders an experiment's datasets, towers and tokenizer are here, and what is in them.
+
+Done on the submit side, where there is a network: hub ids are fetched at a commit and pinned by the hash of their
+files, so that a worker on a node without internet loads what was meant, or nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from longclip.data.shards import Dataset, open_dataset
+from longclip.data.tokens import vocabulary_of
+from longclip.errors import LongclipError, SiteError, UserError
+from longclip.experiment.identity import hash_folder, references
+from longclip.experiment.schema import Experiment
+from longclip.launch.site import Site
+
+_FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin"]
+
+
+@dataclass
+class Resolved:
+    """Where an experiment's references lie, and the hash of what lies there."""
+
+    paths: dict[str, str] = field(default_factory=dict)
+    pins: dict[str, str] = field(default_factory=dict)
+    problems: list[LongclipError] = field(default_factory=list)
+    """why this could not be submitted; a dry run shows them and goes on"""
+    samples: int | None = None
+    """pairs that the whole run will see"""
+
+
+def resolve(experiment: Experiment, site: Site) -> Resolved:
+    """Finds every reference. What cannot be found is a problem, and pinned by name so that a dry run can go on."""
+    found = Resolved()
+    wanted = references(experiment)
+    if experiment.data.test is not None:
+        wanted["data.test"] = experiment.data.test
+    for key, reference in wanted.items():
+        try:
+            if key.startswith("data."):
+                folder = site.dataset(reference)
+                dataset = open_dataset(folder)
+                _check_text(dataset, experiment, key)
+                found.pins[key] = dataset.hash
+                if key == "data.train":
+                    found.samples = _samples(experiment, len(dataset))
+            else:
+                folder = _tower(reference, site)
+                found.pins[key] = hash_folder(folder)
+            found.paths[key] = os.path.abspath(folder)
+        except LongclipError as error:
+            error.message = f"{key}: {error.message}"
+            found.problems.append(error)
+            found.pins[key] = f"unresolved:{reference}"
+    try:
+        _check_text_tower(experiment, found.paths)
+    except LongclipError as error:
+        found.problems.append(error)
+    return found
+
+
+def _samples(experiment: Experiment, dataset: int) -> int:
+    batch = experiment.train.global_batch
+    asked = experiment.train.samples or int(dataset * (experiment.train.epochs or 0))
+    if asked < batch:
+        raise UserError(f"train: {asked} samples are not one global batch of {batch}")
+    return asked // batch * batch
+
+
+def _check_text(dataset: Dataset, experiment: Experiment, key: str) -> None:
+    """The first sample has the text that the experiment wants: a misnamed field shows before the queue, not after."""
+    name = experiment.data.text
+    shard = next(i for i, size in enumerate(dataset.sizes) if size)
+    sample, text, fields = dataset.fields_and_text(shard, 0)
+    value = text if name == "txt" else fields.get(name)
+    if not isinstance(value, str) or not value.strip():
+        strings = ", ".join(sorted(k for k, v in fields.items() if isinstance(v, str)))
+        raise UserError(
+            f"sample {sample} of {dataset.folder} has no text {name!r} (data.text)", f"data.text: txt, or one of {strings}"
+        )
+
+
+def _tower(reference: str, site: Site) -> Path:
+    """The folder of a tower or tokenizer; hub ids (``owner/name``, ``owner/name@revision``) are fetched."""
+    if os.path.isabs(reference):
+        folder = Path(reference)
+        if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+            raise UserError(f"{reference}: no tower or tokenizer here (no config.json, no tokenizer_config.json)")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    name, _, revision = reference.partition("@")
+    cache = None if site.cache is None else site.cache / "hub"
+    try:
+        return Path(snapshot_download(name, revision=revision or None, cache_dir=cache, allow_patterns=_FETCHED))
+    except (HFValidationError, RepositoryNotFoundError):
+        raise UserError(
+            f"{reference}: not on the hub; valid is owner/name, owner/name@revision, or a path that begins with ./ or /"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SiteError(
+            f"{reference}: the model hub cannot be reached from here, and it is not in the cache "
+            f"({type(error).__name__})",
+            "submit from a machine with internet, or give a folder",
+        ) from None
+
+
+def _check_text_tower(experiment: Experiment, paths: dict[str, str]) -> None:
+    """Window and vocabulary fit the text tower, as far as its config says."""
+    text = experiment.model.text
+    config = text.config
+    if config is None and (folder := paths.get("model.text.tower")):
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    if config is None:
+        return
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and experiment.model.context_length > positions:
+        raise UserError(
+            f"model.context_length: {experiment.model.context_length} is above the {positions} positions of {text.tower}"
+        )
+    tokenizer = paths.get("model.text.tokenizer") or paths.get("model.text.tower")
+    tokens = vocabulary_of(Path(tokenizer)) if tokenizer else None
+    size = config.get("vocab_size")
+    if tokens is not None and isinstance(size, int) and tokens > size:
+        raise UserError(
+            f"model.text.config.vocab_size: is {size}, but the tokenizer in {tokenizer} has {tokens} tokens",
+            f"vocab_size: {tokens} or more",
+        )

@@ -1,0 +1,323 @@
+"""From experiments to jobs: plan what to do with each, check all of it, then queue.
+
+Submitting is idempotent: a run that is finished, running or queued is left alone, one that was interrupted continues
+at its sample. Nothing is queued unless everything could be.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from longclip.errors import LongclipError, SiteError, UserError
+from longclip.experiment.identity import differences, identity, uid
+from longclip.experiment.load import Loaded
+from longclip.experiment.schema import Experiment, parse_time
+from longclip.launch import worker
+from longclip.launch.resolve import Resolved, resolve
+from longclip.launch.scheduler import have_slurm
+from longclip.launch.site import Site
+from longclip.launch.snapshot import PACKAGE, code_hash, commit
+from longclip.launch.status import CONTINUES, statuses
+from longclip.run.attempts import Attempt, new_attempt
+from longclip.run.folder import RunFolder, dump_experiment, read_json, runs_of, write_json
+
+SIGNAL_LEAD = 120
+"""seconds before the time limit at which Slurm sends USR2; it may come up to 60 s early (sbatch(1), --signal)"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What submit will do with one experiment."""
+
+    experiment: Experiment
+    axes: Mapping[str, Any]
+    resolved: Resolved
+    identity: dict[str, Any]
+    run: RunFolder
+    action: str
+    """new, resume, or left alone"""
+    why: str
+
+    @property
+    def queues(self) -> bool:
+        return self.action != "left alone"
+
+
+def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan]:
+    """Decides for every experiment; changes nothing. ``retry`` also continues runs that ended badly.
+
+    Raises:
+        UserError: two experiments are the same run, or a run folder belongs to another experiment.
+    """
+    drafts = []
+    for one in loaded:
+        resolved = resolve(one.experiment, site)
+        facts = identity(one.experiment, resolved.pins)
+        run = RunFolder(site.runs / one.sweep / f"{one.experiment.name}-{uid(facts)}")
+        drafts.append((one, resolved, facts, run))
+    seen: dict[tuple[str, str], Loaded] = {}
+    for one, _, _, run in drafts:
+        twin = seen.setdefault((run.sweep, run.uid), one)
+        if twin is not one:
+            raise UserError(
+                f"{one.file} ({one.experiment.name}) and {twin.file} ({twin.experiment.name}) are the same experiment: "
+                "nothing that decides the weights differs"
+            )
+    existing = [run for _, _, _, run in drafts if run.exists()]
+    states = {s.run.path: s for s in statuses(existing)[0]}
+    plans = []
+    for one, resolved, facts, run in drafts:
+        if run.path not in states:
+            action, why = "new", _nearest(run, facts, site)
+        else:
+            run.check(facts)
+            state = states[run.path]
+            action, why = _decide(state.state, state.note, state.samples, retry)
+        plans.append(Plan(one.experiment, one.axes, resolved, facts, run, action, why))
+    return plans
+
+
+def _decide(state: str, note: str, samples: int, retry: bool) -> tuple[str, str]:
+    if state in CONTINUES or (retry and state in ("crashed", "diverged", "cancelled")):
+        return "resume", f"{state} at {samples:,} samples ({note})" if note else f"at {samples:,} samples"
+    if state in ("finished", "queued", "running"):
+        return "left alone", f"{state} ({note})"
+    if state == "unknown":
+        return "left alone", note
+    return "left alone", f"{state}: {note}; longclip retry continues it"
+
+
+def _nearest(run: RunFolder, facts: dict[str, Any], site: Site) -> str:
+    """The existing run of the sweep that differs in the fewest keys, and in which."""
+    best: tuple[RunFolder, dict[str, tuple[Any, Any]]] | None = None
+    for other in runs_of(site.runs, run.sweep):
+        differs = differences(other.identity(), facts)
+        if best is None or len(differs) < len(best[1]):
+            best = (other, differs)
+    if best is None or len(best[1]) > 3:
+        return ""
+    what = ", ".join(f"{k} {_short(a)}->{_short(b)}" for k, (a, b) in best[1].items())
+    return f"= {best[0].name} but {what}"
+
+
+def _short(value: Any) -> str:
+    text = "default" if value is None else str(value)
+    return text if len(text) <= 16 else text[:12]
+
+
+def problems(plans: Sequence[Plan]) -> list[LongclipError]:
+    """All that stands in the way of queuing, each once."""
+    found = [p for plan in plans if plan.queues for p in plan.resolved.problems]
+    return list({(type(p), p.message): p for p in found}.values())
+
+
+# ---- jobs --------------------------------------------------------------------------------------------------------
+
+
+def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict[str, Any]:
+    """The job's submitit parameters."""
+    ask = experiment.slurm
+    cpus = ask.cpus_per_task or site.cpus_per_task
+    parameters: dict[str, Any] = {
+        "job_name": f"{run.sweep}/{run.name}",
+        "nodes": ask.nodes,
+        "ntasks_per_node": ask.ranks_per_node,
+        "time": parse_time(ask.time),
+        "partition": ask.partition or site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "cpus_per_task": cpus,
+        "signal_delay_s": SIGNAL_LEAD,
+        "stderr_to_stdout": True,
+        # One rank that dies takes the others with it, instead of leaving them in a collective that never ends.
+        "srun_args": ["--kill-on-bad-exit=1"],
+        "setup": _setup(site, cpus),
+        "wckey": None,
+    }
+    if ask.gpus_per_node:
+        typed = f"{site.gpu_type}:" if site.gpu_type else ""
+        if site.gpus == "gres":
+            parameters["gres"] = f"gpu:{typed}{ask.gpus_per_node}"
+        elif site.gpus == "gpus-per-task":
+            parameters["gpus_per_task"] = f"{typed}1"
+        else:
+            parameters["gpus_per_node"] = f"{typed}{ask.gpus_per_node}"
+    memory = ask.mem_gb or site.mem_gb
+    if memory is not None:
+        parameters["mem"] = f"{int(memory * 1024)}M"
+    # --chdir: a package that lies in the folder of submission must not come before the installed one.
+    parameters["additional_parameters"] = {"chdir": str(run.path.resolve()), **site.sbatch}
+    return {k: v for k, v in parameters.items() if v is not None or k == "wckey"}
+
+
+def _setup(site: Site, cpus: int | None) -> list[str]:
+    lines = list(site.setup)
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in {**worker_env(cpus), **site.env}.items()]
+    if cpus is not None:
+        # Since Slurm 22.05 srun gives a task one CPU, whatever the job has, unless told so.
+        lines.append(f"export SRUN_CPUS_PER_TASK={cpus}")
+    return lines
+
+
+def worker_env(cpus: int | None) -> dict[str, str]:
+    """Environment of every worker: no hub, no stray imports, one thread a CPU."""
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": str(cpus or 1),
+    }
+    if "site-packages" not in PACKAGE.parts:
+        env["PYTHONPATH"] = str(PACKAGE.parent)
+    return env
+
+
+def batch_script(plan: Plan, site: Site) -> str:
+    """The batch script that submit would hand to sbatch, as it is."""
+    executor = _slurm_executor(plan.experiment, plan.run, site, Path(plan.run.path) / "attempts" / "NNNN" / "logs")
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+    return text
+
+
+def _slurm_executor(experiment: Experiment, run: RunFolder, site: Site, logs: Path) -> submitit.SlurmExecutor:
+    if have_slurm():
+        executor = submitit.SlurmExecutor(folder=logs.resolve(), python=site.python)
+    else:  # a dry run on a machine without Slurm: only the text is wanted, and the constructor insists on srun
+        executor = submitit.SlurmExecutor.__new__(submitit.SlurmExecutor)
+        submitit.core.core.PicklingExecutor.__init__(executor, folder=logs.resolve())
+        executor.python = site.python or shlex.quote(sys.executable)
+    executor.update_parameters(**slurm_parameters(experiment, run, site))
+    return executor
+
+
+def test_only(script: str) -> str:
+    """``sbatch --test-only``: Slurm's estimate of when and where the job would start.
+
+    Raises:
+        SiteError: Slurm would not take the job; its own words.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        # The run folder may not exist yet.
+        file.write("\n".join(line for line in script.splitlines() if not line.startswith("#SBATCH --chdir")) + "\n")
+        file.flush()
+        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+    words = " ".join(line.removeprefix("sbatch: ").strip() for line in done.stderr.splitlines() if line.strip())
+    if done.returncode != 0:
+        raise SiteError(f"sbatch --test-only: {words.removeprefix('error: ')}", "sinfo shows partitions and their limits")
+    return words
+
+
+def check_slurm(plans: Sequence[Plan], site: Site) -> None:
+    """Every job that would be queued is one that Slurm would take. Raises SiteError."""
+    if not have_slurm():
+        raise SiteError(
+            "there is no Slurm on this machine (no sbatch, no srun)", "submit on a login node, or add --on local"
+        )
+    for script in dict.fromkeys(batch_script(p, site) for p in plans if p.queues):
+        test_only(script)
+
+
+def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[Plan, str, submitit.Job[Any]]]:
+    """Queues the planned jobs one by one, yielding each with its id.
+
+    Raises:
+        LongclipError: something stands in the way; nothing has been queued.
+    """
+    for problem in problems(plans):
+        raise problem
+    todo = [p for p in plans if p.queues]
+    if executor == "slurm":
+        check_slurm(todo, site)
+    for one in todo:
+        one.run.create(one.experiment, one.identity, dict(one.axes))
+    for one in todo:
+        job = _queue(one, site, executor)
+        yield one, str(job.job_id), job
+
+
+def record_attempt(plan: Plan, site: Site, executor: str, job: str | None = None) -> Attempt:
+    """A new attempt of the plan's run, with all that its worker needs to know."""
+    attempt = new_attempt(plan.run)
+    (attempt.path / "experiment.yaml").write_text(dump_experiment(plan.experiment), encoding="utf-8")
+    record = {
+        "executor": executor,
+        "job": job,
+        "host": socket.gethostname(),
+        "site": site.name,
+        "paths": plan.resolved.paths,
+        "samples": plan.resolved.samples,
+        "code": code_hash(),
+        "commit": commit(),
+        "time": time.time(),
+    }
+    write_json(attempt.path / "submitted.json", record)
+    return attempt
+
+
+def _queue(plan: Plan, site: Site, kind: str) -> submitit.Job[Any]:
+    attempt = record_attempt(plan, site, kind)
+    try:
+        job = _start(plan.experiment, plan.run, attempt, site, kind)
+    except Exception as error:
+        attempt.end("rejected", 0, str(error).strip())
+        words = str(error).strip().splitlines()
+        raise SiteError(f"{plan.run.name}: could not be queued: {words[-1] if words else error!r}") from None
+    write_json(attempt.path / "submitted.json", {**read_json(attempt.path / "submitted.json"), "job": str(job.job_id)})
+    return job
+
+
+def _start(experiment: Experiment, run: RunFolder, attempt: Attempt, site: Site, kind: str) -> submitit.Job[Any]:
+    arguments = (str(run.path.resolve()), attempt.number)
+    if kind == "slurm":
+        return _slurm_executor(experiment, run, site, attempt.logs).submit(worker.run, *arguments)
+    if kind == "debug":
+        return submitit.DebugExecutor(folder=attempt.logs.resolve()).submit(worker.run, *arguments)
+    local = submitit.LocalExecutor(folder=attempt.logs.resolve(), python=site.python)
+    local.update_parameters(
+        tasks_per_node=experiment.slurm.ranks,
+        gpus_per_node=experiment.slurm.gpus_per_node,
+        timeout_min=60 * 24 * 365,
+        stderr_to_stdout=True,
+    )
+    with _environment({**worker_env(experiment.slurm.cpus_per_task), **site.env}), _ctrl_c_stays_here():
+        return local.submit(worker.run, *arguments)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """The local executor hands its jobs this process's environment."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _ctrl_c_stays_here() -> Iterator[None]:
+    """Children started inside ignore Ctrl-C: it ends the watching, not the runs (``longclip cancel`` does)."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

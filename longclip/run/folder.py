@@ -1,0 +1,175 @@
+"""The run folder: where everything about a run lies. It is the record; there is no database beside it.
+
+    <runs>/<sweep>/<name>-<uid>/
+        identity.json          what decides the weights, and the uid
+        experiment.yaml        the experiment as it was first submitted, resolved
+        attempts/0001/         one try: submitted.json, started.json, ended.json, experiment.yaml, journal.jsonl, logs/
+        checkpoints/           step-*/, latest (see train/checkpoint.py), best
+        evaluations/           scores of checkpoints on test sets
+        mlflow.json            the MLflow run that stands for this run
+
+Every file has one writer. Small files are written aside and renamed, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longclip.errors import SiteError, UserError
+from longclip.experiment.identity import differences, natural
+from longclip.experiment.identity import uid as uid_of
+from longclip.experiment.schema import Experiment
+
+
+class RunFolder:
+    """One run's folder. ``path.name`` is ``<name>-<uid>``, ``path.parent.name`` the sweep."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
+    @property
+    def name(self) -> str:
+        """``ctx77-1f2c9a7b``"""
+        return self.path.name
+
+    @property
+    def label(self) -> str:
+        """The name without its uid: ``ctx77``"""
+        return self.path.name.rpartition("-")[0]
+
+    @property
+    def uid(self) -> str:
+        return self.path.name.rpartition("-")[2]
+
+    @property
+    def sweep(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
+
+    def exists(self) -> bool:
+        return (self.path / "identity.json").is_file()
+
+    def create(self, experiment: Experiment, identity: dict[str, Any], axes: dict[str, Any]) -> None:
+        """Makes the folder, or checks that it was made by the same experiment.
+
+        Raises:
+            UserError: it belongs to another experiment.
+            SiteError: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.exists():
+                self.check(identity)
+                return
+            for folder in (self.attempts, self.checkpoints, self.evaluations):
+                folder.mkdir(exist_ok=True)
+            (self.path / "experiment.yaml").write_text(dump_experiment(experiment), encoding="utf-8")
+            write_json(self.path / "identity.json", {"uid": uid_of(identity), "identity": identity, "axes": axes})
+        except OSError as error:
+            raise SiteError(
+                f"{self.path}: cannot be written: {error.strerror}", "set runs: in the site profile, or --runs DIR"
+            ) from None
+
+    def check(self, identity: dict[str, Any]) -> None:
+        """Raises UserError if the folder's identity is not ``identity``."""
+        theirs = self.identity()
+        if theirs != identity:
+            keys = ", ".join(differences(theirs, identity))
+            raise UserError(
+                f"{self.path}: made by another experiment (differs in: {keys})", "move the folder away, or use --runs DIR"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        return dict(read_json(self.path / "identity.json")["identity"])
+
+    def axes(self) -> dict[str, Any]:
+        return dict(read_json(self.path / "identity.json").get("axes", {}))
+
+    def experiment(self) -> Experiment:
+        """As last submitted: the newest attempt's, else the run's first."""
+        files = [*sorted(self.attempts.glob("*/experiment.yaml")), self.path / "experiment.yaml"]
+        return load_experiment(files[-2] if len(files) > 1 else files[-1])
+
+
+def dump_experiment(experiment: Experiment) -> str:
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_experiment(file: Path) -> Experiment:
+    """An experiment as a run folder holds it: already merged and resolved."""
+    return Experiment.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def runs_of(root: Path, sweep: str | None = None) -> Iterator[RunFolder]:
+    """All run folders below ``root``, or those of one sweep, by name."""
+    for marker in sorted(root.glob(f"{sweep or '*'}/*/identity.json"), key=lambda p: natural(str(p))):
+        yield RunFolder(marker.parent)
+
+
+def find_runs(root: Path, target: str) -> list[RunFolder]:
+    """The runs that ``target`` means: a path, a sweep, ``sweep/name``, a run's name, or a unique start of one.
+
+    Raises:
+        UserError: nothing, or more than one run, begins like this.
+    """
+    path = Path(target)
+    if RunFolder(path).exists():
+        return [RunFolder(path.resolve())]
+    if ("/" in target or path.is_dir()) and (found := [RunFolder(m.parent) for m in sorted(path.glob("*/identity.json"), key=lambda p: natural(str(p)))]):
+        return found
+    if found := list(runs_of(root, target)):
+        return found
+    sweep, _, name = target.rpartition("/")
+    found = [r for r in runs_of(root, sweep or None) if r.name == name or r.label == name]
+    found = found or [r for r in runs_of(root, sweep or None) if r.name.startswith(name)]
+    found = found or [r for r in runs_of(root) if target in job_ids(r)]
+    if len(found) == 1:
+        return found
+    if found:
+        raise UserError(f"{target}: more than one run begins so: {', '.join(f'{r.sweep}/{r.name}' for r in found)}")
+    sweeps = sorted({r.sweep for r in runs_of(root)})
+    known = f"sweeps here: {', '.join(sweeps)}" if sweeps else "there are none yet"
+    raise UserError(f"{target}: no such run or sweep under {root}; {known}", "longclip status")
+
+
+def job_ids(run: RunFolder) -> list[str]:
+    """Job ids of all attempts, oldest first."""
+    files = sorted(run.attempts.glob("*/submitted.json"))
+    return list(dict.fromkeys(str(j) for f in files if (j := read_json(f).get("job"))))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes aside and renames: readers see the old file or the new one, never half."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1, allow_nan=True)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8") as f:
+        value: dict[str, Any] = json.load(f)
+    return value

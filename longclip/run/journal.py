@@ -1,0 +1,75 @@
+"""The journal: what a run measured, one JSON line a point, append-only, one file an attempt.
+
+A line is ``{"t": seconds since 1970, "step": int, "samples": int, "metrics": {name: float}}``; its position on every
+curve is ``samples``, the number of pairs seen. The effective journal of a run is that of its attempts laid end to
+end, each cut where the next one resumed: what was computed twice shows once, and nothing has to be marked.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from longclip.run.attempts import attempts_of
+from longclip.run.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Point:
+    """Metrics measured after ``samples`` pairs."""
+
+    time: float
+    step: int
+    samples: int
+    metrics: Mapping[str, float]
+
+
+class Journal:
+    """Appends points to an attempt's journal. ``flush`` before anything that must not be ahead of it."""
+
+    def __init__(self, file: Path) -> None:
+        self._file: TextIO = file.open("a", encoding="utf-8")
+
+    def write(self, step: int, samples: int, metrics: Mapping[str, float], when: float | None = None) -> None:
+        line = {"t": round(when or time.time(), 3), "step": step, "samples": samples, "metrics": dict(metrics)}
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_points(file: Path) -> list[Point]:
+    """All points of one journal file; a torn last line (the writer was killed) is dropped."""
+    if not file.exists():
+        return []
+    points = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            points.append(Point(entry["t"], entry["step"], entry["samples"], entry["metrics"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return points
+
+
+def effective(run: RunFolder) -> list[Point]:
+    """The run's points in order of samples seen, each position once."""
+    started = [(a, a.resumed_at) for a in attempts_of(run) if a.resumed_at is not None]
+    points: list[Point] = []
+    end = float("inf")
+    for attempt, resumed_at in reversed(started):
+        points[:0] = [p for p in read_points(attempt.journal) if p.samples <= end]
+        end = min(end, float(resumed_at or 0))
+    return points
+
+
+def series(points: Iterable[Point], metric: str) -> list[tuple[int, float]]:
+    """``(samples, value)`` of one metric."""
+    return [(p.samples, p.metrics[metric]) for p in points if metric in p.metrics]

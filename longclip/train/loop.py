@@ -1,0 +1,351 @@
+"""The training loop: from the last checkpoint (or the initial weights) to the last sample.
+
+The position of a run is the number of pairs seen. A step takes the next ``global_batch`` positions of the order, on
+however many ranks there are; everything that decides the curve is keyed by position, so the loop has no state beyond
+the checkpoint's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from longclip.data.loader import Batch, Reader, training_batches
+from longclip.data.order import Order
+from longclip.data.shards import Dataset, open_dataset
+from longclip.data.tokens import Tokenizer
+from longclip.errors import LongclipError, UserError
+from longclip.evaluate.retrieval import ceiling, evaluate
+from longclip.experiment.schema import Experiment, Model, parse_interval
+from longclip.model.clip import DualEncoder, build
+from longclip.model.towers import pixels_of
+from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt
+from longclip.run.folder import RunFolder, write_json
+from longclip.run.journal import Journal
+from longclip.train import checkpoint
+from longclip.train import engine as engines
+from longclip.train.loss import contrastive_loss
+from longclip.train.ranks import Ranks
+
+BEST = "val/mean_recall_at_1"
+"""The metric that chooses the checkpoint to be tested"""
+METER_STEPS = 10
+"""Steps between two points of the meters (speed, waiting, memory)"""
+FLUSH_SECONDS = 2.0
+
+
+class Diverged(LongclipError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one attempt has to train, and where its inputs lie on this machine."""
+
+    run: RunFolder
+    attempt: Attempt
+    experiment: Experiment
+    paths: Mapping[str, str]
+    """folders of datasets, towers and tokenizer, by dotted key of the experiment"""
+
+
+@dataclass
+class Meters:
+    """Sums since the last point of the meters, on this rank."""
+
+    since: float = field(default_factory=time.monotonic)
+    waited: float = 0.0
+    tokens: int = 0
+    captions: int = 0
+
+    def reset(self) -> None:
+        self.since, self.waited, self.tokens, self.captions = time.monotonic(), 0.0, 0, 0
+
+    def point(self, window: int, ranks: Ranks) -> dict[str, float]:
+        seconds = time.monotonic() - self.since
+        tokens, captions, waited = ranks.sum_across([float(self.tokens), float(self.captions), self.waited])
+        return {
+            "speed/samples_per_second": captions / seconds,
+            "speed/tokens_per_second": tokens / seconds,
+            "text/padding_avoided": 1.0 - tokens / (captions * window),
+            "data/wait_share": waited / ranks.size / seconds,
+            "memory/peak_gib": _peak_bytes(ranks) / 2**30,
+        }
+
+
+def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: False) -> str:
+    """Trains, evaluates and saves until the end (``finished``) or a request to stop (``interrupted``).
+
+    Raises:
+        UserError: the inputs do not fit the experiment; nothing was trained.
+        Diverged: the loss is not finite.
+    """
+    experiment = job.experiment
+    recipe = experiment.train
+    model_spec = localized(experiment.model, job.paths)
+    train_set, val_set = (open_pinned(job, key) for key in ("data.train", "data.val"))
+    tokenizer = Tokenizer(job.paths.get("model.text.tokenizer") or str(model_spec.text.tower), model_spec.context_length)
+    model = build(model_spec, recipe.seed, experiment.engine.activation_checkpointing)
+    check_fit(model, tokenizer, experiment)
+    pixels = pixels_of(model_spec.image)
+    readers = {k: Reader(d, tokenizer, pixels, experiment.data.text) for k, d in (("train", train_set), ("val", val_set))}
+
+    batch = recipe.global_batch
+    total_steps = steps_of(experiment, len(train_set))
+    engine = engines.start(model, experiment, ranks)
+    state: dict[str, Any] = {"step": 0, "samples": 0, "best": None}
+    source = ranks.tell(checkpoint.latest(job.run.checkpoints) if ranks.rank == 0 else None)
+    if source is not None:
+        state = checkpoint.restore(engine, source, ranks)
+    journal = Journal(job.attempt.journal) if ranks.rank == 0 else None
+    if ranks.rank == 0:
+        job.attempt.begin(state["samples"])
+        print(_opening(job, ranks, state, total_steps, len(train_set)), flush=True)
+    evaluate_every = interval_samples(experiment.evaluate.every, len(train_set), batch)
+    save_every, save_seconds = _save_interval(experiment, len(train_set))
+    evaluated = saved = state["samples"]
+    saved_at = flushed_at = time.monotonic()
+    meters = Meters()
+    batches = _waiting(
+        training_batches(
+            readers["train"],
+            Order(train_set.sizes, recipe.seed),
+            recipe.crop_scale,
+            batch,
+            range(state["step"], total_steps),
+            ranks.rank,
+            ranks.size,
+            experiment.engine.loader_workers,
+        ),
+        meters,
+    )
+
+    def save() -> None:
+        nonlocal saved, saved_at
+        if journal:
+            journal.flush()
+        name = f"step-{state['step']:08d}"
+        checkpoint.save(engine, job.run.checkpoints, name, state, ranks, fence=job.attempt.fence)
+        if ranks.rank == 0:
+            keep = state["best"]["checkpoint"] if state["best"] else None
+            checkpoint.retain(job.run.checkpoints, experiment.checkpoint.keep.last, keep)
+        saved, saved_at = state["samples"], time.monotonic()
+
+    for part in batches:
+        step = state["step"]
+        lr = engines.learning_rate(recipe, step, total_steps)
+        engines.set_lr(engine, lr)
+        image_bd, text_bd, scale = engine(part.pixels.to(ranks.device), part.text.to(ranks.device))
+        valid = part.valid.to(ranks.device)
+        loss = contrastive_loss(image_bd, text_bd, scale, ranks, valid)
+        engine.backward(loss)
+        grad_norm = engines.step(engine)
+        state.update(step=step + 1, samples=(step + 1) * batch)
+        _note_bad(job, part, step, ranks)
+        meters.tokens, meters.captions = meters.tokens + part.tokens, meters.captions + len(part.valid)
+
+        timed_out = save_seconds is not None and time.monotonic() - saved_at >= save_seconds
+        losses, stops, dues, tokens, cut, bad = ranks.sum_across(
+            [
+                loss.item(),
+                float(should_stop()),
+                float(timed_out and ranks.rank == 0),
+                float(part.tokens),
+                float(part.tokens_cut),
+                float(len(part.bad)),
+            ]
+        )
+        mean_loss = losses / ranks.size
+        metrics = {
+            "train/loss": mean_loss,
+            "train/grad_norm": grad_norm,
+            "train/lr": lr,
+            "train/scale": scale.item(),
+            "text/tokens": tokens,
+            "text/tokens_cut": cut,
+        }
+        if bad:
+            metrics["data/bad_samples"] = bad
+        last = state["step"] == total_steps
+        if state["step"] % METER_STEPS == 0 or last:
+            metrics |= meters.point(model_spec.context_length, ranks)
+            meters.reset()
+        if journal:
+            journal.write(state["step"], state["samples"], metrics)
+            if time.monotonic() - flushed_at > FLUSH_SECONDS:
+                journal.flush()
+                flushed_at = time.monotonic()
+        if not math.isfinite(mean_loss):
+            if journal:
+                journal.flush()
+            raise Diverged(f"the loss is {mean_loss} after {state['samples']:,} samples (step {state['step']})")
+
+        improved = False
+        if _crossed(evaluated, state["samples"], evaluate_every) or last:
+            scores = evaluate(engine, engine.module, readers["val"], experiment.evaluate.batch, ranks)
+            evaluated = state["samples"]
+            improved = state["best"] is None or scores["mean_recall_at_1"] > state["best"]["value"]
+            if improved:
+                state["best"] = {
+                    "checkpoint": f"step-{state['step']:08d}",
+                    "value": scores["mean_recall_at_1"],
+                    "samples": state["samples"],
+                }
+            if journal:
+                journal.write(state["step"], state["samples"], {f"val/{k}": v for k, v in scores.items()})
+                journal.flush()
+                print(_progress(state, total_steps * batch, mean_loss, scores), flush=True)
+            meters.reset()
+        if improved or stops or dues or last or (save_every and _crossed(saved, state["samples"], save_every)):
+            save()
+            meters.reset()
+        if stops and not last:
+            if journal:
+                journal.close()
+            return INTERRUPTED
+    if journal:
+        journal.close()
+    if experiment.data.test is not None:
+        _test(job, engine, state, tokenizer, pixels, ranks)
+    return FINISHED
+
+
+def _test(job: Job, engine: Any, state: dict[str, Any], tokenizer: Tokenizer, pixels: Any, ranks: Ranks) -> None:
+    """Scores the checkpoint that validation chose on the test set, into ``evaluations/test.json``."""
+    best = state["best"]["checkpoint"]
+    checkpoint.restore(engine, job.run.checkpoints / best, ranks)
+    dataset = open_dataset(job.paths["data.test"])
+    reader = Reader(dataset, tokenizer, pixels, job.experiment.data.text)
+    scores = evaluate(engine, engine.module, reader, job.experiment.evaluate.batch, ranks)
+    if ranks.rank == 0:
+        window = job.experiment.model.context_length
+        record = {
+            "dataset": dataset.hash,
+            "checkpoint": best,
+            "samples": state["best"]["samples"],
+            "chosen_by": BEST,
+            "context_length": window,
+            "metrics": scores,
+            "ceiling": ceiling(dataset.folder, window),
+            "time": time.time(),
+        }
+        write_json(job.run.evaluations / "test.json", record)
+        print(f"test: {scores}", flush=True)
+
+
+def localized(spec: Model, paths: Mapping[str, str]) -> Model:
+    """The model with its towers' references replaced by folders of this machine."""
+    towers = {
+        side: getattr(spec, side).model_copy(update={"tower": paths[f"model.{side}.tower"]})
+        for side in ("image", "text")
+        if f"model.{side}.tower" in paths
+    }
+    return spec.model_copy(update=towers)
+
+
+def open_pinned(job: Job, key: str) -> Dataset:
+    """A dataset of the run, checked to be the one that the run began with."""
+    dataset = open_dataset(job.paths[key])
+    pinned = job.run.identity()[key]
+    if dataset.hash != pinned:
+        raise UserError(
+            f"{key}: {job.paths[key]} is not the data that this run began with "
+            f"(content {dataset.hash[:12]}, the run's is {pinned[:12]})",
+            "submit again: other data is another run",
+        )
+    return dataset
+
+
+def check_fit(model: DualEncoder, tokenizer: Tokenizer, experiment: Experiment) -> None:
+    """Raises UserError where tokenizer, tower and window do not go together."""
+    config = model.text.trunk.config
+    if tokenizer.vocabulary > config.vocab_size:
+        raise UserError(
+            f"model.text: the tokenizer has {tokenizer.vocabulary} tokens, the tower's vocabulary is {config.vocab_size}"
+        )
+    if experiment.model.context_length > config.max_position_embeddings:
+        raise UserError(
+            f"model.context_length: {experiment.model.context_length} is above the text tower's "
+            f"{config.max_position_embeddings} positions"
+        )
+
+
+def steps_of(experiment: Experiment, dataset: int) -> int:
+    """Optimizer steps of the whole run; a last batch that would not be full is left out."""
+    samples = experiment.train.samples or int(dataset * (experiment.train.epochs or 0))
+    steps = samples // experiment.train.global_batch
+    if steps < 1:
+        raise UserError(f"train: {samples} samples are not one global batch of {experiment.train.global_batch}")
+    return steps
+
+
+def interval_samples(text: str, dataset: int, batch: int) -> float:
+    """``"1 epoch"``, ``"500 steps"`` or ``"10000 samples"`` in samples."""
+    number, unit = parse_interval(text, "every", ("epoch", "samples", "steps"))
+    return number * {"epoch": dataset, "samples": 1, "steps": batch}[unit]
+
+
+def _save_interval(experiment: Experiment, dataset: int) -> tuple[float | None, float | None]:
+    """Samples between checkpoints, seconds between checkpoints; one of them is None."""
+    number, unit = parse_interval(experiment.checkpoint.every, "every", ("min", "samples", "steps", "epoch"))
+    if unit == "min":
+        return None, number * 60
+    return interval_samples(f"{number} {unit}", dataset, experiment.train.global_batch), None
+
+
+def _crossed(before: int, now: int, every: float) -> bool:
+    """Whether a multiple of ``every`` lies in (before, now]."""
+    return now // every > before // every
+
+
+def _waiting(batches: Iterator[Batch], meters: Meters) -> Iterator[Batch]:
+    """Passes batches on, and adds up the time that they were waited for."""
+    while True:
+        begun = time.monotonic()
+        try:
+            part = next(batches)
+        except StopIteration:
+            return
+        meters.waited += time.monotonic() - begun
+        yield part
+
+
+def _note_bad(job: Job, part: Batch, step: int, ranks: Ranks) -> None:
+    """Records samples that could not be used, by key; one file a rank, so that every file has one writer."""
+    if part.bad:
+        with (job.attempt.path / f"bad-samples-{ranks.rank:04d}.jsonl").open("a", encoding="utf-8") as f:
+            f.writelines(json.dumps({"step": step + 1, "sample": key}) + "\n" for key in part.bad)
+
+
+def _peak_bytes(ranks: Ranks) -> int:
+    """Peak memory of this rank: the GPU's where there is one, else the process's."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _opening(job: Job, ranks: Ranks, state: dict[str, Any], total_steps: int, dataset: int) -> str:
+    experiment = job.experiment
+    batch = experiment.train.global_batch
+    return (
+        f"{job.run.name}: attempt {job.attempt.number}, {ranks.size} ranks on {ranks.device.type}, "
+        f"window {experiment.model.context_length}, ZeRO {experiment.engine.zero_stage}, "
+        f"{experiment.train.precision}, batch {batch} = {ranks.size} x {batch // ranks.size}, "
+        f"{dataset:,} pairs, {total_steps:,} steps, from sample {state['samples']:,}; "
+        f"threads {torch.get_num_threads()}, pid {os.getpid()}"
+    )
+
+
+def _progress(state: dict[str, Any], total: int, loss: float, scores: Mapping[str, float]) -> str:
+    return (
+        f"{state['samples']:,}/{total:,} samples  loss {loss:.4f}  val R@1 "
+        f"i2t {100 * scores['i2t_recall_at_1']:.1f} t2i {100 * scores['t2i_recall_at_1']:.1f}"
+    )

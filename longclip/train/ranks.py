@@ -1,0 +1,135 @@
+"""The processes of a run: who this one is, and the few things that all of them must agree on at a step boundary.
+
+The launcher (srun, torchrun, or nobody for a single process) says who is who through RANK, WORLD_SIZE, LOCAL_RANK,
+MASTER_ADDR and MASTER_PORT. DeepSpeed is given a process group that stands already: its own start-up would look for
+MPI where RANK is absent, and would compile a shared-memory extension on CPU that nothing here needs.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from longclip.errors import SiteError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of the run."""
+
+    rank: int
+    """0 .. size - 1; rank 0 writes"""
+    size: int
+    local_rank: int
+    """0 .. processes on this node - 1"""
+    device: torch.device
+    """where this process computes; collectives want their tensors there"""
+
+    def sum_across(self, values: Sequence[float]) -> list[float]:
+        """Sums of ``values``, one by one, over all ranks, in double precision. Collective."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says true. Collective: how a signal on one node stops all of them at the same step."""
+        raised = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return bool(raised.item())
+
+    def tell(self, value: T) -> T:
+        """Rank 0's ``value`` (small, picklable) on every rank; what the others pass is ignored. Collective."""
+        told = [value]
+        dist.broadcast_object_list(told, device=self.device)
+        return told[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, in the order of ranks, on every rank. Collective; anything small that pickles."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def start(rendezvous: str | None = None) -> Ranks:
+    """Join the process group named by the environment and make it known to DeepSpeed.
+
+    ``rendezvous`` is an init URL of torch.distributed (``file:///shared/meet``, ``tcp://host:port``) to meet at
+    instead of MASTER_ADDR:MASTER_PORT. Without RANK in the environment this process is alone, and meets nobody.
+
+    Raises SiteError where the launcher set only a part of the environment, or gave this rank a GPU that is not there.
+    """
+    rank, size, local_rank = _identity(rendezvous)
+    device = _device(local_rank)
+    _before_deepspeed(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if size == 1 and rendezvous is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    else:
+        dist.init_process_group(backend, init_method=rendezvous or "env://", rank=rank, world_size=size)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, dist_init_required=False)
+    return Ranks(rank, size, local_rank, device)
+
+
+def stop() -> None:
+    """Leave the process group, so that this process may :func:`start` another one.
+
+    DeepSpeed keeps the group in two module globals and would use the dead one (deepspeed/comm/comm.py ``cdb``,
+    deepspeed/utils/groups.py ``_WORLD_GROUP``).
+    """
+    import deepspeed
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    deepspeed.utils.groups._WORLD_GROUP = None
+
+
+def _identity(rendezvous: str | None) -> tuple[int, int, int]:
+    """(rank, size, local rank)."""
+    if "RANK" not in os.environ:
+        return 0, 1, 0
+    needed = ["WORLD_SIZE", "LOCAL_RANK", *([] if rendezvous else ["MASTER_ADDR", "MASTER_PORT"])]
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise SiteError(
+            f"RANK is {os.environ['RANK']}, but {', '.join(missing)} not set",
+            hint="start under torchrun or srun with all five set, or without RANK for a single process",
+        )
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+
+
+def _device(local_rank: int) -> torch.device:
+    """The GPU of this rank, or the CPU where torch sees no GPU at all.
+
+    Slurm may show each task its own GPU only (--gpus-per-task): then it is number 0 to every one of them. DeepSpeed
+    takes its device from LOCAL_RANK (deepspeed/runtime/engine.py:1966), which is set accordingly.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    index = 0 if visible == 1 else local_rank
+    if index >= visible:
+        raise SiteError(f"local rank {local_rank} has no GPU: this node shows {visible}; ask for one task per GPU")
+    os.environ["LOCAL_RANK"] = str(index)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _before_deepspeed(device: torch.device) -> None:
+    """What must be set before DeepSpeed is imported for the first time. Its own logs begin at warnings."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    # torch >= 2.13 renames collectives that DeepSpeed calls by their old names, on every rank
+    warnings.filterwarnings("ignore", r".torch\.distributed\.\w+. is deprecated", FutureWarning)
