@@ -76,7 +76,10 @@ def experiment(stage: int, precision: str = "fp32") -> Any:
                 "weight_decay": DECAY,
                 "grad_clip": CLIP,
             },
-            "engine": {"zero_stage": stage},
+            "engine": {
+                "zero_stage": stage,  # at stage 3 vectors stay whole on every rank, matrices do not
+                "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 100}} if stage == 3 else {},
+            },
         }
     )
 

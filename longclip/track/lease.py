@@ -1,0 +1,103 @@
+"""A lock file: one writer at a time, also on shared file systems, where flock may not hold."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+import uuid
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from longclip.errors import SiteError
+from longclip.run.folder import read_json
+
+WAIT = 60.0
+"""seconds to wait for another writer"""
+STALE = 600.0
+"""seconds after which a lease that nobody renews counts as abandoned"""
+
+
+class Lease:
+    """Held inside ``with``: a file that one process creates (O_EXCL), with its host, process id and time.
+
+    It is taken over when that process is gone from this host, or when it was not renewed for ``STALE`` seconds.
+    Entering raises SiteError, naming the holder, when it is not free within ``WAIT`` seconds.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._token = uuid.uuid4().hex
+
+    def __enter__(self) -> Lease:
+        deadline = time.monotonic() + WAIT
+        while not self._take():
+            if time.monotonic() > deadline:
+                holder = self._holder()
+                since = datetime.fromtimestamp(holder.get("time", 0)).isoformat(" ", "seconds")
+                raise SiteError(
+                    f"{self.file}: held by process {holder.get('pid')} on {holder.get('host')} since {since}",
+                    "wait for it to end; delete the file if it has",
+                )
+            time.sleep(0.1)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._holder().get("token") == self._token:
+            self.file.unlink(missing_ok=True)
+
+    def renew(self) -> None:
+        """Still at work. To be called more often than every ``STALE`` seconds."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.file)
+
+    def _take(self) -> bool:
+        try:
+            handle = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            self._clear()
+            return False
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": self._token}, f)
+        return True
+
+    def _holder(self) -> dict[str, Any]:
+        try:
+            return read_json(self.file)
+        except (FileNotFoundError, ValueError):  # let go, or not written yet
+            return {}
+
+    def _clear(self) -> None:
+        """Removes the lock file if its holder is gone."""
+        holder = self._holder()
+        try:
+            old = time.time() - self.file.stat().st_mtime > STALE
+        except FileNotFoundError:
+            return
+        if not old and not (holder.get("host") == socket.gethostname() and not _alive(holder["pid"])):
+            return
+        # Two may find it abandoned. Whoever makes this marker removes it, if it is still the same: it must not be the
+        # next one's fresh lock.
+        marker = self.file.with_name(f"{self.file.name}.{holder.get('token', 'torn')}")
+        try:
+            marker.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        try:
+            if self._holder() == holder:
+                self.file.unlink(missing_ok=True)
+        finally:
+            marker.unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -1,0 +1,149 @@
+"""Merging, sweeping and identity: what an experiment is, wherever its words stand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic_core import PydanticCustomError
+
+from longclip.experiment.identity import differences, hash_folder, identity, references, uid
+from longclip.experiment.load import load, short_name
+from longclip.experiment.schema import Experiment, parse_time
+from tests.experiment.test_broken import GOOD
+
+ROOT = Path(__file__).parents[2]
+PINS = {"data.train": "t" * 64, "data.val": "v" * 64, "model.text.tokenizer": "k" * 64}
+
+
+def one(folder: Path, text: str = GOOD, overrides: list[str] | None = None) -> Experiment:
+    (folder / "one.yaml").write_text(text)
+    return load([folder / "one.yaml"], overrides)[0].experiment
+
+
+def test_extends_merges_deeply_and_paths_stay_with_their_file(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "_base.yaml").write_text(GOOD)
+    (tmp_path / "arm.yaml").write_text(
+        "extends: base/_base.yaml\nname: arm\ntrain: {seed: 3}\ndata: {val: ./elsewhere}\n"
+    )
+    loaded = load([tmp_path / "arm.yaml"])[0]
+    assert loaded.sweep == tmp_path.name
+    assert loaded.experiment.train.seed == 3
+    assert loaded.experiment.train.lr == 5e-4
+    assert loaded.experiment.data.train == str(tmp_path / "base" / "train")
+    assert loaded.experiment.data.val == str(tmp_path / "elsewhere")
+
+
+def test_grid_is_named_by_what_varies(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text(
+        GOOD.replace("name: good\n", "")
+        + "sweep: {grid: {model.context_length: [77, 512], train.lr: [3e-4, 0.001], train.seed: [0, 1]}}\n"
+    )
+    loaded = load([tmp_path / "g.yaml"])
+    assert [one.experiment.name for one in loaded][:3] == ["ctx77_lr3e-4_s0", "ctx77_lr3e-4_s1", "ctx77_lr1e-3_s0"]
+    assert len({one.experiment.name for one in loaded}) == 8
+    assert loaded[-1].axes == {"model.context_length": 512, "train.lr": 0.001, "train.seed": 1}
+    assert loaded[-1].experiment.model.context_length == 512
+
+
+def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARDS", "/big/disk")
+    assert one(tmp_path, GOOD.replace("./train", "'${env:SHARDS}/train-*.tar'")).data.train == "/big/disk/train-*.tar"
+
+
+@given(st.floats(min_value=1e-7, max_value=10, allow_nan=False))
+def test_short_names_of_rates_read_back(value: float) -> None:
+    rounded = float(f"{value:.3g}")
+    assert float(short_name("train.lr", rounded).removeprefix("lr")) == pytest.approx(rounded, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("30", 30), ("24:00", 24), ("04:00:00", 240), ("1-12", 2160), ("1-00:30", 1470), ("2-01:00:30", 2941), ("0:30", 1)],
+)
+def test_times_are_those_of_sbatch(text: str, minutes: int) -> None:
+    assert parse_time(text) == minutes
+
+
+def test_bad_time() -> None:
+    with pytest.raises(PydanticCustomError):
+        parse_time("1h")
+
+
+# ---- identity ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "engine.zero_stage=3",
+        "engine.loader_workers=7",
+        "engine.activation_checkpointing=true",
+        "evaluate.every=10 steps",
+        "checkpoint.every=1 min",
+        "slurm.tasks_per_node=4",
+        "slurm.time='1-00'",
+        "track.experiment=other",
+        "data.test=./test",
+        "data.train=/elsewhere/same-content",
+        "train.seed=0",  # the default, said aloud
+    ],
+)
+def test_these_continue_the_run(change: str, tmp_path: Path) -> None:
+    before, after = one(tmp_path), one(tmp_path, overrides=[change])
+    assert uid(identity(before, PINS)) == uid(identity(after, PINS))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("train.lr=3e-4", "train.lr"),
+        ("train.global_batch=32", "train.global_batch"),
+        ("train.seed=1", "train.seed"),
+        ("train.samples=2000", "train.samples"),
+        ("model.context_length=154", "model.context_length"),
+        ("model.text.pool=cls", "model.text.pool"),
+        ("data.text=long_caption", "data.text"),
+    ],
+)
+def test_these_make_another_run_and_name_the_key(change: str, key: str, tmp_path: Path) -> None:
+    before, after = (identity(e, PINS) for e in (one(tmp_path), one(tmp_path, overrides=[change])))
+    assert uid(before) != uid(after)
+    assert list(differences(before, after)) == [key]
+
+
+def test_other_content_is_another_run(tmp_path: Path) -> None:
+    experiment = one(tmp_path)
+    assert references(experiment).keys() == PINS.keys()
+    other = identity(experiment, {**PINS, "data.train": "x" * 64})
+    assert differences(identity(experiment, PINS), other) == {"data.train": ("t" * 64, "x" * 64)}
+
+
+def test_golden_ids() -> None:
+    """Ids of the experiments that we ship, at fixed content: a new field must leave them as they are.
+
+    If this fails, runs that people have under way would start from zero. Change the file only with a new experiment.
+    """
+    golden = json.loads((Path(__file__).parent / "golden_ids.json").read_text())
+    found = {}
+    for folder in ("demo", "longcap"):
+        for loaded in load([ROOT / "experiments" / folder]):
+            pins = {key: f"content of {key}" for key in references(loaded.experiment)}
+            found[f"{folder}/{loaded.experiment.name}"] = uid(identity(loaded.experiment, pins))
+    assert found == golden
+
+
+def test_folder_hash_is_of_content(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
+    (b / "README.md").write_text("not a weight")
+    assert hash_folder(a) == hash_folder(b)
+    (b / "model.safetensors").write_bytes(b"Weights")
+    assert hash_folder(a) != hash_folder(b)
