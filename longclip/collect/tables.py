@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longclip.collect.gather import Row, count, differences, gather, state
+from longclip.collect.gather import WINDOW, Row, count, differences, gather, state
 from longclip.errors import SiteError, UserError
 from longclip.run.folder import RunFolder
 
@@ -16,21 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 KS = (1, 5, 10)
-HIGHEST = [f"{side} R@{k}" for side in ("i2t", "t2i") for k in KS] + ["of ceiling"]
-"""columns in which more is better"""
-FEWEST = "samples to best of smallest"
-TERMINAL = (
-    "run",
-    "window",
-    "waste",
-    "i2t R@1",
-    "t2i R@1",
-    "of ceiling",
-    FEWEST,
-    "GPU-h (lost)",
-    "CPU-h (lost)",
-    "state",
-)
+MAIN = ("run", "window", "waste", "i2t R@1", "t2i R@1", "of ceiling", "state")
+"""columns that the terminal shows, with the goal's, the hours' and the other axes'"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,7 @@ def _values(row: Row) -> dict[str, Any]:
     return {
         "run": row.name,
         "context_length": row.context_length,
-        **{k: v for k, v in row.axes.items() if k != "model.context_length"},
+        **{k: v for k, v in row.axes.items() if k != WINDOW},
         "waste": row.waste,
         "padding_avoided": row.padding_avoided,
         **recalls,
@@ -105,9 +92,10 @@ def shown(rows: Sequence[Row]) -> DataFrame:
     import pandas as pd
 
     unit = "GPU-h (lost)" if any(r.on_gpu for r in rows) else "CPU-h (lost)"
+    varied = sorted({k for r in rows for k in r.axes if k != WINDOW})
     table = []
-    for values in frame(rows).to_dict("records"):
-        axes = {str(k): str(v) for k, v in values.items() if "." in str(k)}
+    for row, values in zip(rows, frame(rows).to_dict("records"), strict=True):
+        axes = {k: str(row.axes.get(k, "")) for k in varied}
         scores = {f"{s} R@{k}": _percent(values[f"{s}_recall_at_{k}"]) for s in ("i2t", "t2i") for k in KS}
         table.append(
             {
@@ -122,7 +110,7 @@ def shown(rows: Sequence[Row]) -> DataFrame:
                 "of ceiling": _percent(values["of_ceiling"], "%"),
                 "best val R@1": _percent(values["best_val_mean_recall_at_1"]),
                 "tested at": _count(values["test_samples"]),
-                FEWEST: _count(values["samples_to"]),
+                _goal(rows): _count(values["samples_to"]),
                 "samples": _count(values["samples"]),
                 unit: f"{_hours(values['hours'])} ({_hours(values['hours_lost'])})",
                 "state": values["state"],
@@ -175,29 +163,33 @@ def terminal(result: Collected) -> Group:
     from rich.text import Text
 
     texts = shown(result.rows)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    columns = [c for c in texts.columns if c in TERMINAL or "." in c]
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
+    columns = [c for c in texts.columns if c in (*MAIN, _goal(result.rows)) or "." in c or c.endswith("(lost)")]
     for column in columns:
-        head = "to smallest's best" if column == FEWEST else column
-        table.add_column(head, justify="left" if column in ("run", "state") else "right", overflow="fold")
+        left = column in ("run", "state")
+        whole_words = max(len(word) for text in (column, *texts[column]) for word in text.split())
+        table.add_column(column, justify="left" if left else "right", overflow="fold", min_width=whole_words)
     for row, line in zip(result.rows, texts.to_dict("records"), strict=True):
         table.add_row(*(Text(line[c]) for c in columns), style=None if row.finished else "yellow")
     return Group(Text(caption(result.rows)), table)
 
 
+def _goal(rows: Sequence[Row]) -> str:
+    """Heading of the samples that a run needed to be as good as the smallest window ever was."""
+    names = {r.baseline for r in rows if r.baseline}
+    return f"samples to {names.pop() if len(names) == 1 else 'smallest window'}'s best"
+
+
 def _best(rows: Sequence[Row]) -> set[tuple[int, str]]:
     """Cells (row, column as shown) with the best value among finished rows, where there is a choice."""
     values = frame(rows)
-    raw = {f"{s} R@{k}": f"{s}_recall_at_{k}" for s in ("i2t", "t2i") for k in KS} | {"of ceiling": "of_ceiling"}
+    highest = {f"{s} R@{k}": f"{s}_recall_at_{k}" for s in ("i2t", "t2i") for k in KS} | {"of ceiling": "of_ceiling"}
     best: set[tuple[int, str]] = set()
-    for column in (*HIGHEST, FEWEST):
-        numbers = [
-            (i, float(v)) for i, v in enumerate(values[raw.get(column, "samples_to")]) if v == v and v is not None
-        ]
-        numbers = [(i, v) for i, v in numbers if rows[i].finished]
-        if len(numbers) > 1:
-            top = (min if column == FEWEST else max)(v for _, v in numbers)
-            best |= {(i, column) for i, v in numbers if v == top}
+    for column, key, choose in (*((c, k, max) for c, k in highest.items()), (_goal(rows), "samples_to", min)):
+        numbers = {i: float(v) for i, v in enumerate(values[key]) if rows[i].finished and not _missing(v)}
+        if len(set(numbers.values())) > 1:
+            top = choose(numbers.values())
+            best |= {(i, column) for i, v in numbers.items() if v == top}
     return best
 
 

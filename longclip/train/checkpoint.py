@@ -253,10 +253,8 @@ def _on_rank_0(ranks: Ranks, path: Path, act: Callable[[], T]) -> T:
         except OSError as caught:
             full = caught.errno in (errno.ENOSPC, errno.EDQUOT)
             what = f"{'no room left: ' if full else ''}{path}: {caught.strerror or caught}"
-            error, cause = (
-                SiteError(what, hint="make room, then submit again; the run continues" if full else None),
-                caught,
-            )
+            error = SiteError(what, hint="make room, then submit again; the run continues" if full else None)
+            cause = caught
         except Exception as caught:
             error, cause = LongclipError(f"{path}: {caught!r}"), caught
     result, error = ranks.tell((result, error))

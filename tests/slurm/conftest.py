@@ -81,7 +81,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         started = dev_cluster("up", directory, *install, timeout=1200)
         if started.returncode == SOMETHING_MISSING:
-            reason = f"no Slurm cluster here: {started.stderr.strip()}"
+            reason = f"no Slurm cluster here: {started.stderr.splitlines()[-1]}"
             if os.environ.get("CI"):
                 pytest.fail(reason, pytrace=False)
             pytest.skip(reason)

@@ -1,21 +1,16 @@
 """The cluster that the other tests rely on is what it promises to be."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-if TYPE_CHECKING:
-    from conftest import Cluster
+from tests.slurm.conftest import DEV_CLUSTER, Cluster
 
-DEV_CLUSTER = Path(__file__).parents[2] / "slurm" / "dev-cluster"
 PRETEND = ["--partition=pretend", "--nodes=1", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=60"]
 
 

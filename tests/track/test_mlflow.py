@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import START, add_attempt, end, experiment, finished_run, make_run, save_checkpoint, save_test, train
 
 from longclip.errors import SiteError, UserError
 from longclip.run.folder import RunFolder, read_json, write_json
 from longclip.track import lease as leases
 from longclip.track.lease import Lease
 from longclip.track.mlflow import sync
+from tests.helpers import START, add_attempt, end, experiment, finished_run, make_run, save_checkpoint, save_test, train
 
 
 @pytest.fixture(scope="module")

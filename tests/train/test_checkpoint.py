@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAVED, STAGES, Groups
-from two_towers import TwoTowers
 
 from longclip.errors import LongclipError
 from longclip.train import checkpoint
+from tests.train.conftest import SAVED, STAGES, Groups
+from tests.train.two_towers import TwoTowers
 
 SAME = [(2, f"zero{stage}") for stage in STAGES] + [(4, f"zero{stage}") for stage in STAGES]
 SAME += [(2, f"bf16 zero{stage}") for stage in (1, 2, 3)]

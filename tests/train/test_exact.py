@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import STAGES, Groups
-from two_towers import CLIP, LR, STEPS, WARMUP, experiment, plain_training
 
 from longclip.errors import UserError
 from longclip.train import engine
+from tests.train.conftest import STAGES, Groups
+from tests.train.two_towers import CLIP, LR, STEPS, WARMUP, experiment, plain_training
 
 Curves = tuple[list[float], list[float]]
 
@@ -73,7 +73,7 @@ def test_ranks_agree(trained: Groups, ranks: int) -> None:
 
 ALONE = """
 import torch
-from two_towers import TwoTowers, batch, experiment
+from tests.train.two_towers import TwoTowers, batch, experiment
 from longclip.train import engine, loss, ranks
 for _ in range(2):
     me = ranks.start()
@@ -86,9 +86,8 @@ for _ in range(2):
 
 
 def test_a_single_process_needs_no_launcher_and_no_compiler(plain: Curves, tmp_path: Path) -> None:
-    here = Path(__file__).parent
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    env |= {"PYTHONPATH": f"{here}:{here.parents[1]}", "TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(Path(__file__).parents[2]), "TORCH_EXTENSIONS_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", ALONE], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [float(line) for line in done.stdout.split()] == pytest.approx([plain[1][0]] * 2, rel=1e-5)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from two_towers import STEPS, TwoTowers, batch, experiment, valid_mask
 
 from longclip.errors import LongclipError
 from longclip.train import checkpoint, engine, loss, ranks
+from tests.train.two_towers import STEPS, TwoTowers, batch, experiment, valid_mask
 
 
 def own_part(me: ranks.Ranks, *tensors: torch.Tensor) -> list[torch.Tensor]:

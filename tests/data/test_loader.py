@@ -1,0 +1,179 @@
+"""The loader: the same global batches on any ranks x workers, bad samples masked by key, evaluation in step."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import models, pre_tokenizers, processors
+
+from longclip.data.loader import Batch, Reader, evaluation_batches, square, training_batches
+from longclip.data.order import Order
+from longclip.data.shards import Dataset, Sample, index_folder, open_dataset, write_shard
+from longclip.data.tokens import Tokenizer, cut, vocabulary_of, waste
+from longclip.model.towers import Pixels
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer as a transformers folder."""
+    vocab = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
+    raw = RawTokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    folder.mkdir(parents=True)
+    raw.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "cls_token": "[CLS]", '
+        '"sep_token": "[SEP]", "unk_token": "[UNK]"}'
+    )
+
+
+def picture(seed: int, size: tuple[int, int] = (20, 12)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def make_shards(folder: Path, sizes: list[int], spoil: tuple[str, ...] = ()) -> Dataset:
+    """Shards whose sample ``k`` has the text ``w<k mod 60>`` repeated k mod 7 + 1 times; ``spoil`` breaks images."""
+    folder.mkdir(parents=True)
+    for shard, size in enumerate(sizes):
+        samples = []
+        for i in range(size):
+            key = f"{shard:02d}-{i:03d}"
+            image = picture(100 * shard + i)
+            if key in spoil:  # the header is whole, so the index takes it; the pixels are not there
+                image = image[:60]
+            k = 7 * shard + i
+            samples.append(Sample(key, image, " ".join([WORDS[k % 60]] * (k % 7 + 1)), {"long": f"w1 w2 {key}"}))
+        write_shard(folder / f"s-{shard:02d}.tar", samples)
+    index_folder(folder)
+    return open_dataset(folder)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("loader")
+    make_tokenizer(root / "tok")
+    make_shards(root / "set", [5, 9, 4, 6])
+    make_shards(root / "spoiled", [6, 6], spoil=("00-002", "01-004"))
+    return root
+
+
+def reader(root: Path, name: str = "set", window: int = 6, field: str = "txt") -> Reader:
+    pixels = Pixels(8, (0.5,) * 3, (0.5,) * 3)
+    return Reader(open_dataset(root / name), Tokenizer(str(root / "tok"), window), pixels, field)
+
+
+def texts_of(batch: Batch) -> list[tuple[int, ...]]:
+    """Token ids by place in the batch."""
+    pieces = torch.split(batch.text.ids_T, list(batch.text.lengths))
+    return [tuple(p.tolist()) for _, p in sorted(zip(batch.text.order, pieces, strict=True), key=lambda x: x[0])]
+
+
+def global_batches(root: Path, ranks: int, workers: int, steps: range) -> list[tuple[torch.Tensor, list[tuple[int, ...]]]]:
+    source = reader(root)
+    order = Order(source.dataset.sizes, seed=5, block=2)
+    streams = [training_batches(source, order, (0.5, 1.0), 12, steps, r, ranks, workers) for r in range(ranks)]
+    found = []
+    for parts in zip(*streams, strict=True):
+        found.append((torch.cat([p.pixels for p in parts]), [t for p in parts for t in texts_of(p)]))
+    return found
+
+
+def test_global_batches_are_the_same_on_any_ranks_and_workers(shards: Path) -> None:
+    """Over two epochs (24 pairs, batches of 12), pixels with their random crops included, bit for bit."""
+    expected = global_batches(shards, 1, 0, range(4))
+    assert len({t for _, texts in expected for t in texts}) > 5
+    for ranks in (1, 2, 3, 4):
+        for workers in (0, 1, 2, 3):
+            found = global_batches(shards, ranks, workers, range(4))
+            for (pixels, texts), (want_pixels, want_texts) in zip(found, expected, strict=True):
+                assert texts == want_texts
+                assert torch.equal(pixels, want_pixels)
+
+
+@settings(max_examples=10, deadline=None)
+@given(start=st.integers(0, 30), ranks=st.sampled_from([1, 2, 3, 4, 6]))
+def test_resuming_anywhere_gives_the_same_batches(shards: Path, start: int, ranks: int) -> None:
+    (pixels, texts), *_ = global_batches(shards, ranks, 0, range(start, start + 1))
+    (want_pixels, want_texts) = global_batches(shards, 1, 0, range(start + 1))[start]
+    assert texts == want_texts
+    assert torch.equal(pixels, want_pixels)
+
+
+def test_a_bad_sample_keeps_its_place_and_is_named(shards: Path) -> None:
+    source = reader(shards, "spoiled")
+    places = [(0, i) for i in range(6)] + [(1, i) for i in range(6)]
+    batch = source.batch(places, [None] * 12)
+    assert (~batch.valid).nonzero()[:, 0].tolist() == [2, 10]
+    assert [b.split(":")[0] for b in batch.bad] == ["00-002", "01-004"]
+    assert texts_of(batch)[2] == (1, 2)  # [CLS] [SEP]: the tower still runs
+    assert len(batch.text) == 12
+
+
+def test_missing_field_is_a_bad_sample(shards: Path) -> None:
+    batch = reader(shards, field="nothing").batch([(0, 0)], [None])
+    assert batch.bad == ("00-000: no text in nothing",)
+    assert reader(shards, field="long").batch([(0, 0)], [None]).bad == ()
+
+
+def test_a_disk_that_fails_is_not_masked(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail(self: Dataset, shard: int, index: int) -> Sample:
+        calls.append(1)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("time.sleep", lambda s: None)
+    monkeypatch.setattr(Dataset, "read", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        reader(shards).batch([(0, 0)], [None])
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 5), (2, 5), (3, 4), (4, 7), (4, 100)])
+def test_evaluation_sees_every_sample_once_and_ranks_keep_step(shards: Path, ranks: int, batch: int) -> None:
+    source = reader(shards)
+    streams = [list(evaluation_batches(source, batch, r, ranks)) for r in range(ranks)]
+    assert len({len(s) for s in streams}) == 1, "ranks make different numbers of forwards: ZeRO-3 would hang"
+    seen = [t for parts in zip(*streams, strict=True) for b, n in parts for t in texts_of(b)[:n]]
+    places = [(s, i) for s, size in enumerate(source.dataset.sizes) for i in range(size)]
+    assert seen == texts_of(source.batch(places, [None] * len(places)))
+
+
+def test_window_and_waste(shards: Path) -> None:
+    full = Tokenizer(str(shards / "tok"), 100)
+    tokenizer = Tokenizer(str(shards / "tok"), 4)
+    texts = ["w1 w2 w3 w4 w5", "w1", ""]
+    ids, lengths = tokenizer(texts)
+    assert lengths == [7, 3, 2]
+    assert [len(i) for i in ids] == [4, 3, 2]
+    assert ids[0] == [1, 5, 6, 2]
+    full._tokenizer.model_max_length = 4
+    assert ids == full._tokenizer(texts, truncation=True)["input_ids"]  # tokenizers' own truncation
+    assert waste(lengths, 4) == 3 / 12
+    assert cut([1, 2, 3], 3) == [1, 2, 3]
+    assert vocabulary_of(shards / "tok") == tokenizer.vocabulary == 64
+
+
+def test_square_without_crop_is_the_middle() -> None:
+    wide = np.zeros((10, 30, 3), dtype=np.uint8)
+    wide[:, 4:26] = 200  # bicubic looks a little beyond the square
+    stream = io.BytesIO()
+    Image.fromarray(wide).save(stream, "PNG")
+    assert (square(stream.getvalue(), 5, None) == 200).all()
+    with pytest.raises(ValueError, match="not a readable image"):
+        square(b"GIF89a nonsense", 5, None)
