@@ -360,7 +360,9 @@ def _single(found: list[Any]) -> list[Any]:
 
 
 @app.command()
-def cancel(target: Annotated[str, typer.Argument(help="Run or sweep.")], site: SiteName = None, runs: Runs = None) -> None:
+def cancel(
+    target: Annotated[str, typer.Argument(help="Run or sweep.")], site: SiteName = None, runs: Runs = None
+) -> None:
     """Stop queued and running jobs for good; ``retry`` continues them."""
     from longclip.launch.cancel import cancel_runs
 
@@ -403,7 +405,8 @@ def _sync(found: Sequence[Any], profile: Any) -> None:
     from longclip.track.mlflow import sync as replay
 
     report = replay(found, profile.tracking_uri)
-    print(f"MLflow: {report}    look: mlflow ui --backend-store-uri {profile.tracking_uri}")
+    look = f"mlflow ui --backend-store-uri {report.uri}" if report.uri.startswith("sqlite") else report.uri
+    print(f"MLflow: {report}    look: {look}")
 
 
 @app.command()

@@ -9,8 +9,7 @@ from typing import Any
 
 from longclip.run.attempts import FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json
-from longclip.run.journal import Point, effective, read_points, series
-from longclip.track.mlflow import text_shares
+from longclip.run.journal import Point, effective, read_points, series, text_shares
 
 WINDOW = "model.context_length"
 RECALL = "val/mean_recall_at_1"

@@ -128,7 +128,7 @@ def _image_format(data: bytes) -> tuple[str, int]:
                 return str(image.format), image.width * image.height
         except Image.DecompressionBombError:
             raise ValueError(f"image has more than {MAX_PIXELS // 10**6} MPixel") from None
-        except Exception:  # noqa: BLE001 - a hostile header raises nearly anything: struct.error, SyntaxError, ...
+        except Exception:  # a hostile header raises nearly anything: struct.error, SyntaxError, ...
             raise ValueError("image header is not readable") from None
 
 
@@ -485,7 +485,8 @@ def open_dataset(spec: str | Path) -> Dataset:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"not an index that this version reads: {path / 'index.json'} ({where}: {first['msg']})", again)
+        message = f"not an index that this version reads: {path / 'index.json'} ({where}: {first['msg']})"
+        raise UserError(message, again) from error
     except OSError as error:
         raise SiteError(f"cannot read {path / 'index.json'}: {error.strerror or error}") from error
     root = path / index.root

@@ -23,10 +23,10 @@ CHUNK = 2048
 
 
 def ranks_of_matches(queries_ND: Tensor, gallery_ND: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-    """For each query (or those of ``rows``) how many other candidates score at least as high as its match; [N] int64."""
+    """For each query (or those of ``rows``) how many others score at least as high as its match; [N] int64."""
     places = torch.arange(len(queries_ND)) if rows is None else torch.as_tensor(rows, dtype=torch.long)
     results = []
-    for chunk in places.split(CHUNK):
+    for chunk in torch.split(places, CHUNK):
         scores = queries_ND[chunk] @ gallery_ND.T
         own = scores.gather(1, chunk.to(scores.device)[:, None])
         # `not less` counts NaN candidates too; the match itself is taken off again.

@@ -119,7 +119,9 @@ def _files(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found = sorted((p for p in path.glob("*.yaml") if not p.name.startswith("_")), key=lambda p: natural(p.name))
+            found = sorted(
+                (p for p in path.glob("*.yaml") if not p.name.startswith("_")), key=lambda p: natural(p.name)
+            )
             if not found:
                 raise UserError(f"{path}: no experiment in this folder (*.yaml, not starting with _)")
             files.extend(found)
@@ -213,7 +215,11 @@ def _build(loader: _Loader, node: yaml.Node, path: Key, file: Path, origins: dic
             key, line = str(key_node.value), key_node.start_mark.line + 1
             if key in seen:
                 raise ExperimentError(
-                    [Mistake(f"{_shown(file)}:{line}", ".".join((*path, key)), f"given twice; first on line {seen[key]}")]
+                    [
+                        Mistake(
+                            f"{_shown(file)}:{line}", ".".join((*path, key)), f"given twice; first on line {seen[key]}"
+                        )
+                    ]
                 )
             seen[key] = line
         loader.flatten_mapping(node)
@@ -224,7 +230,7 @@ def _build(loader: _Loader, node: yaml.Node, path: Key, file: Path, origins: dic
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*path, str(i)), file, origins) for i, item in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node, deep=True)
 
 
 def _merge(below: _Tree, above: _Tree, path: Key) -> None:
@@ -306,7 +312,9 @@ def _substitute_env(tree: _Tree) -> None:
         for name in _ENV.findall(value):
             if _SECRET.search(name):
                 mistakes.append(
-                    Mistake(where, dotted, f"${{env:{name}}} looks like a secret; set it in the job's environment instead")
+                    Mistake(
+                        where, dotted, f"${{env:{name}}} looks like a secret; set it in the job's environment instead"
+                    )
                 )
             elif name not in os.environ:
                 mistakes.append(Mistake(where, dotted, f"the environment variable {name} is not set"))
@@ -333,7 +341,12 @@ def _resolve_paths(tree: _Tree) -> None:
 def _grid(tree: _Tree, sweep: Any, file: Path) -> Iterator[tuple[_Tree, dict[str, Any]]]:
     """One tree per point of ``sweep: {grid: {dotted.key: [values]}}``, named by what varies."""
     where = str(tree.origin(("sweep",), file))
-    if not isinstance(sweep, dict) or set(sweep) != {"grid"} or not isinstance(sweep["grid"], dict) or not sweep["grid"]:
+    if (
+        not isinstance(sweep, dict)
+        or set(sweep) != {"grid"}
+        or not isinstance(sweep["grid"], dict)
+        or not sweep["grid"]
+    ):
         raise ExperimentError([Mistake(where, "sweep", "valid is 'grid: {dotted.key: [value, ...], ...}'")])
     for key, values in sweep["grid"].items():
         if not isinstance(values, list) or not values:

@@ -1,4 +1,4 @@
-"""Stopping runs for good. The mark in the record comes first: whatever the job still does, the run counts as cancelled."""
+"""Stopping runs for good. The mark comes first: whatever the job still does, the run counts as cancelled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     slurm: list[str] = []
     for run in alive:
         last = attempts_of(run)[-1]
-        write_json(last.path / "cancelled.json", {"time": time.time(), "user": os.environ.get("USER", str(os.getuid()))})
+        write_json(
+            last.path / "cancelled.json", {"time": time.time(), "user": os.environ.get("USER", str(os.getuid()))}
+        )
         if (last.submitted or {}).get("executor") in ("local", "debug"):
             with contextlib.suppress(ProcessLookupError):  # it ended by itself in this moment
                 os.kill(int(str(last.job)), signal.SIGTERM)

@@ -7,7 +7,6 @@ files, so that a worker on a node without internet loads what was meant, or noth
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def resolve(experiment: Experiment, site: Site) -> Resolved:
             else:
                 folder = _tower(reference, site)
                 found.pins[key] = hash_folder(folder)
-            found.paths[key] = os.path.abspath(folder)
+            found.paths[key] = str(Path(folder).absolute())
         except LongclipError as error:
             error.message = f"{key}: {error.message}"
             found.problems.append(error)
@@ -80,19 +79,25 @@ def _check_text(dataset: Dataset, experiment: Experiment, key: str) -> None:
     if not isinstance(value, str) or not value.strip():
         strings = ", ".join(sorted(k for k, v in fields.items() if isinstance(v, str)))
         raise UserError(
-            f"sample {sample} of {dataset.folder} has no text {name!r} (data.text)", f"data.text: txt, or one of {strings}"
+            f"sample {sample} of {dataset.folder} has no text {name!r} (data.text)",
+            f"data.text: txt, or one of {strings}",
         )
 
 
 def _tower(reference: str, site: Site) -> Path:
     """The folder of a tower or tokenizer; hub ids (``owner/name``, ``owner/name@revision``) are fetched."""
-    if os.path.isabs(reference):
+    if Path(reference).is_absolute():
         folder = Path(reference)
         if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
             raise UserError(f"{reference}: no tower or tokenizer here (no config.json, no tokenizer_config.json)")
         return folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     name, _, revision = reference.partition("@")
     cache = None if site.cache is None else site.cache / "hub"
@@ -121,7 +126,7 @@ def _check_text_tower(experiment: Experiment, paths: dict[str, str]) -> None:
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and experiment.model.context_length > positions:
         raise UserError(
-            f"model.context_length: {experiment.model.context_length} is above the {positions} positions of {text.tower}"
+            f"model.context_length: {experiment.model.context_length} is above {text.tower}'s {positions} positions"
         )
     tokenizer = paths.get("model.text.tokenizer") or paths.get("model.text.tower")
     tokens = vocabulary_of(Path(tokenizer)) if tokenizer else None

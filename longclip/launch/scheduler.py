@@ -48,7 +48,7 @@ def ask(slurm_jobs: Iterable[str], local_jobs: Iterable[tuple[str, str]]) -> Wor
     queue = _run(["squeue", "--noheader", "--format=%A|%T|%r"])
     if queue is not None:
         for line in queue.splitlines():
-            job, state, reason = (line.split("|") + ["", ""])[:3]
+            job, state, reason = [*line.split("|"), "", ""][:3]
             if job in jobs:
                 words[job] = Word(state, reason if state == "PENDING" else "")
     rest = [j for j in jobs if j not in words]

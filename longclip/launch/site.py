@@ -1,10 +1,10 @@
 """A site profile: what a cluster needs that no experiment should have to say.
 
-    longclip submit experiments/demo --site jean          # ./slurm/sites/jean.yaml or ~/.config/longclip/sites/jean.yaml
+    longclip submit experiments/demo --site jean          # slurm/sites/jean.yaml, ~/.config/longclip/sites/jean.yaml
     longclip submit experiments/demo --site ./mine.yaml   # or any file
 
-Without ``--site`` the profile named by ``$LONGCLIP_SITE``, else one in which nothing is set. ``slurm/sites/example.yaml``
-has every key with a comment.
+Without ``--site`` the profile named by ``$LONGCLIP_SITE``, else one in which nothing is set.
+``slurm/sites/example.yaml`` has every key with a comment.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Site(BaseModel):
         Raises:
             UserError: this site does not know the name.
         """
-        if os.path.isabs(name):
+        if Path(name).is_absolute():
             return Path(name)
         if name not in self.datasets:
             known = f"known: {', '.join(sorted(self.datasets))}" if self.datasets else "it names none"

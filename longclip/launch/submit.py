@@ -217,7 +217,9 @@ def test_only(script: str) -> str:
         done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
     words = " ".join(line.removeprefix("sbatch: ").strip() for line in done.stderr.splitlines() if line.strip())
     if done.returncode != 0:
-        raise SiteError(f"sbatch --test-only: {words.removeprefix('error: ')}", "sinfo shows partitions and their limits")
+        raise SiteError(
+            f"sbatch --test-only: {words.removeprefix('error: ')}", "sinfo shows partitions and their limits"
+        )
     return words
 
 

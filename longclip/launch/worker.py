@@ -1,6 +1,6 @@
 """The worker: what a job runs on every rank. It knows the run folder and its attempt, and nothing else.
 
-    python -m longclip.launch.worker RUN_FOLDER ATTEMPT      (or through submitit, with the same two arguments)
+python -m longclip.launch.worker RUN_FOLDER ATTEMPT      (or through submitit, with the same two arguments)
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
 
 
 def stop_at_step_boundary(with_ctrl_c: bool = False) -> None:
-    """TERM and USR2 ask the loop to save and stop, in place of submitit's handlers, which ignore TERM and save inside."""
+    """TERM and USR2 ask the loop to save and stop. Submitit's own handlers ignore TERM, and save inside."""
     for signum in (signal.SIGTERM, signal.SIGUSR2, *([signal.SIGINT] if with_ctrl_c else [])):
         signal.signal(signum, _request_stop)
 

@@ -174,7 +174,9 @@ def draw(module: nn.Module, seed: int, skip: Sequence[str] = ()) -> None:
     for name, child in reversed(list(module.named_modules())):  # children before parents, as transformers does
         if any(name == s or name.startswith(s + ".") for s in skip):
             continue
-        trunk = next((m for n, m in module.named_modules() if isinstance(m, PreTrainedModel) and _inside(name, n)), None)
+        trunk = next(
+            (m for n, m in module.named_modules() if isinstance(m, PreTrainedModel) and _inside(name, n)), None
+        )
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(int.from_bytes(digest[:7], "big"))

@@ -96,7 +96,8 @@ class RunFolder:
         if theirs != identity:
             keys = ", ".join(differences(theirs, identity))
             raise UserError(
-                f"{self.path}: made by another experiment (differs in: {keys})", "move the folder away, or use --runs DIR"
+                f"{self.path}: made by another experiment (differs in: {keys})",
+                "move the folder away, or use --runs DIR",
             )
 
     def identity(self) -> dict[str, Any]:
@@ -135,7 +136,9 @@ def find_runs(root: Path, target: str) -> list[RunFolder]:
     path = Path(target)
     if RunFolder(path).exists():
         return [RunFolder(path.resolve())]
-    if ("/" in target or path.is_dir()) and (found := [RunFolder(m.parent) for m in sorted(path.glob("*/identity.json"), key=lambda p: natural(str(p)))]):
+    if ("/" in target or path.is_dir()) and (
+        found := [RunFolder(m.parent) for m in sorted(path.glob("*/identity.json"), key=lambda p: natural(str(p)))]
+    ):
         return found
     if found := list(runs_of(root, target)):
         return found

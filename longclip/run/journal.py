@@ -8,8 +8,9 @@ end, each cut where the next one resumed: what was computed twice shows once, an
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -40,6 +41,8 @@ class Journal:
 
     def flush(self) -> None:
         self._file.flush()
+        # On NFS a checkpoint could otherwise be seen before the points that it covers.
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -73,3 +76,14 @@ def effective(run: RunFolder) -> list[Point]:
 def series(points: Iterable[Point], metric: str) -> list[tuple[int, float]]:
     """``(samples, value)`` of one metric."""
     return [(p.samples, p.metrics[metric]) for p in points if metric in p.metrics]
+
+
+def text_shares(points: Sequence[Point], window: int) -> tuple[float, float] | None:
+    """Waste (share of caption tokens that the window cut off, arXiv 2510.03978) and the share of window positions that
+    hold no token, which packing did not compute; over all training captions so far. None before the first step."""
+    counted = [p for p in points if "text/tokens" in p.metrics]
+    kept = sum(p.metrics["text/tokens"] for p in counted)
+    if not kept:
+        return None
+    lost = sum(p.metrics["text/tokens_cut"] for p in counted)
+    return lost / (kept + lost), 1.0 - kept / (counted[-1].samples * window)

@@ -25,7 +25,7 @@ from longclip.errors import SiteError, UserError
 from longclip.experiment.identity import flatten
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json, write_json
-from longclip.run.journal import Point, effective
+from longclip.run.journal import Point, effective, text_shares
 from longclip.track.lease import Lease
 
 T = TypeVar("T")
@@ -93,17 +93,6 @@ def sync(runs: Sequence[RunFolder], uri: str, artifacts: Path | None = None) -> 
             # The first client of a fresh database creates its tables, which must not happen twice at once.
             place = (artifacts or database.parent / "mlartifacts").resolve().as_uri()
             return _sync(runs, MlflowClient(tracking_uri=uri), shown, place, lease)
-
-
-def text_shares(points: Sequence[Point], window: int) -> tuple[float, float] | None:
-    """Waste (share of caption tokens that the window cut off, arXiv 2510.03978) and the share of window positions that
-    hold no token, which packing did not compute; over all training captions so far. None before the first step."""
-    counted = [p for p in points if "text/tokens" in p.metrics]
-    kept = sum(p.metrics["text/tokens"] for p in counted)
-    if not kept:
-        return None
-    lost = sum(p.metrics["text/tokens_cut"] for p in counted)
-    return lost / (kept + lost), 1.0 - kept / (counted[-1].samples * window)
 
 
 # ---- one run -----------------------------------------------------------------------------------------------------
@@ -315,8 +304,12 @@ def _without_login(uri: str) -> str:
 
 @contextlib.contextmanager
 def _patient() -> Iterator[None]:
-    """Short patience with servers while it lasts, where the user has not said otherwise; telemetry is off for good."""
+    """Short patience with servers while it lasts, where the user has not said otherwise.
+
+    Telemetry stays off, and so do the links that MLflow prints to stdout, where a script may expect JSON.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     ours = {k: v for k, v in PATIENCE.items() if k not in os.environ}
     os.environ.update(ours)
     try:
@@ -337,5 +330,5 @@ def _as_site_error(shown: str, uri: str) -> Iterator[None]:
         lines = _without_login(str(error)).strip().splitlines()
         what = lines[0] if lines else type(error).__name__
         raise SiteError(
-            f"MLflow at {shown}: {what[:500]}", "the runs are untouched; longclip sync sends them later"
+            f"MLflow at {shown}: {what[:300]}", "the runs are untouched; longclip sync sends them later"
         ) from None

@@ -92,11 +92,15 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     recipe = experiment.train
     model_spec = localized(experiment.model, job.paths)
     train_set, val_set = (open_pinned(job, key) for key in ("data.train", "data.val"))
-    tokenizer = Tokenizer(job.paths.get("model.text.tokenizer") or str(model_spec.text.tower), model_spec.context_length)
+    tokenizer = Tokenizer(
+        job.paths.get("model.text.tokenizer") or str(model_spec.text.tower), model_spec.context_length
+    )
     model = build(model_spec, recipe.seed, experiment.engine.activation_checkpointing)
     check_fit(model, tokenizer, experiment)
     pixels = pixels_of(model_spec.image)
-    readers = {k: Reader(d, tokenizer, pixels, experiment.data.text) for k, d in (("train", train_set), ("val", val_set))}
+    readers = {
+        k: Reader(d, tokenizer, pixels, experiment.data.text) for k, d in (("train", train_set), ("val", val_set))
+    }
 
     batch = recipe.global_batch
     total_steps = steps_of(experiment, len(train_set))
@@ -269,7 +273,7 @@ def check_fit(model: DualEncoder, tokenizer: Tokenizer, experiment: Experiment) 
     config = model.text.trunk.config
     if tokenizer.vocabulary > config.vocab_size:
         raise UserError(
-            f"model.text: the tokenizer has {tokenizer.vocabulary} tokens, the tower's vocabulary is {config.vocab_size}"
+            f"model.text: the tokenizer has {tokenizer.vocabulary} tokens, the tower's vocabulary {config.vocab_size}"
         )
     if experiment.model.context_length > config.max_position_embeddings:
         raise UserError(

@@ -83,14 +83,16 @@ def texts_of(batch: Batch) -> list[tuple[int, ...]]:
     return [tuple(p.tolist()) for _, p in sorted(zip(batch.text.order, pieces, strict=True), key=lambda x: x[0])]
 
 
-def global_batches(root: Path, ranks: int, workers: int, steps: range) -> list[tuple[torch.Tensor, list[tuple[int, ...]]]]:
+def global_batches(
+    root: Path, ranks: int, workers: int, steps: range
+) -> list[tuple[torch.Tensor, list[tuple[int, ...]]]]:
     source = reader(root)
     order = Order(source.dataset.sizes, seed=5, block=2)
     streams = [training_batches(source, order, (0.5, 1.0), 12, steps, r, ranks, workers) for r in range(ranks)]
-    found = []
-    for parts in zip(*streams, strict=True):
-        found.append((torch.cat([p.pixels for p in parts]), [t for p in parts for t in texts_of(p)]))
-    return found
+    return [
+        (torch.cat([p.pixels for p in parts]), [t for p in parts for t in texts_of(p)])
+        for parts in zip(*streams, strict=True)
+    ]
 
 
 def test_global_batches_are_the_same_on_any_ranks_and_workers(shards: Path) -> None:

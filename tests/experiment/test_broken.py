@@ -122,7 +122,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         swap("image: {", "image: {tower: a/b, "),
         "bad.yaml:4: model.image.tower: give either 'tower' (a hub id or a folder with weights) or 'config'",
     ),
-    "neither tower nor config": (swap("{config: {model_type: vit}}", "{}"), "bad.yaml:4: model.image.tower: give either"),
+    "neither tower nor config": (
+        swap("{config: {model_type: vit}}", "{}"),
+        "bad.yaml:4: model.image.tower: give either",
+    ),
     "unknown model type": (
         swap("model_type: vit", "model_type: vitt"),
         "bad.yaml:4: model.image.config.model_type: is 'vitt'; known here: clip_vision_model, vit",
@@ -131,7 +134,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         swap("    tokenizer: ./tok\n", ""),
         "bad.yaml:5: model.text.tokenizer: missing: a tower made from a config needs a tokenizer",
     ),
-    "duplicate key": (swap("  lr: 5e-4", "  lr: 5e-4\n  lr: 3e-4"), "bad.yaml:14: train.lr: given twice; first on line 13"),
+    "duplicate key": (
+        swap("  lr: 5e-4", "  lr: 5e-4\n  lr: 3e-4"),
+        "bad.yaml:14: train.lr: given twice; first on line 13",
+    ),
     "DeepSpeed key that is ours": (
         swap("zero_stage: 2", "zero_stage: 2\n  deepspeed: {gradient_clipping: 5}"),
         "bad.yaml:16: engine.deepspeed.gradient_clipping: is decided by train.grad_clip",
@@ -158,7 +164,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         swap("name: good", "name: ../up"),
         "bad.yaml:1: name: is '../up'; string should match pattern",
     ),
-    "missing base": (add("extends: _bas.yaml\n"), "bad.yaml:18: extends: no such file: _bas.yaml; did you mean _base.yaml?"),
+    "missing base": (
+        add("extends: _bas.yaml\n"),
+        "bad.yaml:18: extends: no such file: _bas.yaml; did you mean _base.yaml?",
+    ),
     "extends in a circle": (
         add("extends: _circle.yaml\n"),
         "_circle.yaml: extends: goes in a circle: bad.yaml -> _circle.yaml -> bad.yaml",
@@ -177,7 +186,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     ),
     "broken YAML": (swap("data: {train: ./train", "data: {train: [./train"), "bad.yaml:8: not valid YAML: "),
     "a list": (lambda _: "- a\n- b\n", "bad.yaml:1: an experiment is a mapping of keys to values"),
-    "grid of nothing": (add("sweep: {grid: {train.lr: []}}\n"), "bad.yaml:18: sweep.grid.train.lr: is a list of at least"),
+    "grid of nothing": (
+        add("sweep: {grid: {train.lr: []}}\n"),
+        "bad.yaml:18: sweep.grid.train.lr: is a list of at least",
+    ),
     "unknown kind of sweep": (add("sweep: {random: 3}\n"), "bad.yaml:18: sweep: valid is 'grid: {dotted.key: [value"),
     "sweep over an unknown key": (
         add("sweep: {grid: {train.lrr: [1e-3]}}\n"),

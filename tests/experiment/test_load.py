@@ -63,7 +63,15 @@ def test_short_names_of_rates_read_back(value: float) -> None:
 
 @pytest.mark.parametrize(
     ("text", "minutes"),
-    [("30", 30), ("24:00", 24), ("04:00:00", 240), ("1-12", 2160), ("1-00:30", 1470), ("2-01:00:30", 2941), ("0:30", 1)],
+    [
+        ("30", 30),
+        ("24:00", 24),
+        ("04:00:00", 240),
+        ("1-12", 2160),
+        ("1-00:30", 1470),
+        ("2-01:00:30", 2941),
+        ("0:30", 1),
+    ],
 )
 def test_times_are_those_of_sbatch(text: str, minutes: int) -> None:
     assert parse_time(text) == minutes

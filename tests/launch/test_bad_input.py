@@ -130,7 +130,9 @@ def test_hub_id_that_cannot_be_reached(sweep: Path) -> None:
     words += ["--set", "model.text.tokenizer=nobody/nothing"]
     dry = subprocess.run([*words, "--dry-run"], cwd=sweep.parent, capture_output=True, text=True, env=offline)
     assert dry.returncode in (0, 3), dry.stderr  # 3 where a Slurm is installed that does not answer
-    assert "a submit would stop here: model.text.tokenizer: nobody/nothing: the model hub cannot be reached" in dry.stdout
+    assert (
+        "a submit would stop here: model.text.tokenizer: nobody/nothing: the model hub cannot be reached" in dry.stdout
+    )
     real = subprocess.run([*words, "--on", "local"], cwd=sweep.parent, capture_output=True, text=True, env=offline)
     assert real.returncode == 3
     assert not (sweep.parent / "never").exists()

@@ -90,11 +90,31 @@ def test_one_process_without_a_queue(sweep: Path, whole: Path) -> None:
 
 
 def test_a_crash_is_told_and_not_tried_again(sweep: Path) -> None:
-    """A window that the tower has, but a tokenizer that it has not: found by the worker, shown by status and logs."""
+    """An option that only DeepSpeed knows to be wrong: found by the worker, shown by status and logs."""
     runs = sweep.parent / "crashed"
     ask = ("--set", "engine.deepspeed={zero_optimization: {no_such_option: 1}}", "--on", "local", "--runs", runs)
     said = longclip("submit", sweep / "ctx4.yaml", *ask, cwd=sweep.parent, code=1)
-    assert "crashed" in said
-    assert "no_such_option" in longclip("logs", "ctx4", "--runs", runs, cwd=sweep.parent)[-6000:] or "Traceback" in said
+    assert "crashed" in said and "longclip logs" in said
+    assert "no_such_option" in longclip("logs", "ctx4", "--runs", runs, cwd=sweep.parent)
     again = longclip("submit", sweep / "ctx4.yaml", "--on", "local", "--runs", runs, cwd=sweep.parent)
     assert "longclip retry continues it" in again and "nothing to queue" in again
+    retried = longclip("retry", "ctx4", "--on", "local", "--runs", runs, cwd=sweep.parent, code=1)
+    assert "resume" in retried and len(attempts_of(the_run(runs, "ctx4"))) == 2
+
+
+def test_one_curve_in_mlflow(sweep: Path, whole: Path) -> None:
+    """The killed run and the whole one: the same points in MLflow, each step once."""
+    from mlflow import MlflowClient
+
+    killed = sweep.parent / "killed"
+    histories = []
+    for runs in (whole, killed):
+        longclip("sync", "--runs", runs, cwd=sweep.parent)
+        client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+        (experiment,) = [e for e in client.search_experiments() if e.name == "small"]
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "FINISHED"
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        histories.append(sorted((m.step, m.value) for m in history))
+    assert histories[0] == histories[1]
+    assert [step for step, _ in histories[0]] == list(range(24, 1441, 24))

@@ -72,7 +72,7 @@ def test_packed_equals_padded(model: DualEncoder, lengths: list[int]) -> None:
     packed = model.text(pack([c.tolist() for c in captions]))
     padded = model.text.padded(captions, length=512)
     torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
-    parameters = [p for p in model.text.parameters()]
+    parameters = list(model.text.parameters())
     weights = torch.randn(packed.shape, generator=random)
     mine = torch.autograd.grad((packed * weights).sum(), parameters, allow_unused=True)
     theirs = torch.autograd.grad((padded * weights).sum(), parameters, allow_unused=True)
