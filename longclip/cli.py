@@ -431,7 +431,10 @@ def index(
     """Index a folder of WebDataset shards, once."""
     from longclip.data.shards import index_folder
 
-    print(index_folder(shards, dest, workers))
+    done = index_folder(shards, dest, workers)
+    print(f"indexed {done.samples:,} samples in {done.shards} shards -> {done.folder}/index.json")
+    for reason, count in done.skipped.items():
+        print(f"! skipped {count:,}: {reason}")
 
 
 @data_app.command()

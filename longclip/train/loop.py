@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from longclip.data.loader import Batch, Reader, training_batches
-from longclip.data.order import Order
+from longclip.data.order import Order, key
 from longclip.data.shards import Dataset, open_dataset
 from longclip.data.tokens import Tokenizer
 from longclip.errors import LongclipError, UserError
@@ -91,7 +91,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     experiment = job.experiment
     recipe = experiment.train
     model_spec = localized(experiment.model, job.paths)
-    train_set, val_set = (open_pinned(job, key) for key in ("data.train", "data.val"))
+    train_set, val_set = (open_pinned(job, name) for name in ("data.train", "data.val"))
     tokenizer = Tokenizer(
         job.paths.get("model.text.tokenizer") or str(model_spec.text.tower), model_spec.context_length
     )
@@ -147,6 +147,8 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         step = state["step"]
         lr = engines.learning_rate(recipe, step, total_steps)
         engines.set_lr(engine, lr)
+        # Dropout's draws belong to the step and the rank, so that a run that continues draws what it would have drawn.
+        torch.manual_seed(key(recipe.seed, "dropout", step, ranks.rank) % 2**63)
         image_bd, text_bd, scale = engine(part.pixels.to(ranks.device), part.text.to(ranks.device))
         valid = part.valid.to(ranks.device)
         loss = contrastive_loss(image_bd, text_bd, scale, ranks, valid)
