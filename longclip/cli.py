@@ -200,11 +200,11 @@ def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: b
         if on == "debug":
             job.results()
         elif not _watch([p.run for p in plans], until=job.done):
-            left = [p.run.name for p in todo[len(ids) :]]
             print(f"\nstopped watching; {plan.run.name} goes on (longclip cancel {plan.run.name} stops it)")
-            if left:
-                print(f"not started: {', '.join(left)}; the same submit continues with them")
-            raise typer.Exit(1)
+            _leave_rest([p.run.name for p in todo[len(ids) :]])
+        if _cancelled(plan.run):
+            print(f"{plan.run.name} was cancelled")
+            _leave_rest([p.run.name for p in todo[len(ids) :]])
     sweeps = sorted({p.run.sweep for p in todo})
     where = ", ".join(str(profile.runs / s) for s in sweeps)
     if not one_by_one:
@@ -215,6 +215,19 @@ def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: b
         _watch([p.run for p in plans])
     _sync([p.run for p in plans], profile)
     _leave_by_outcome([p.run for p in todo])
+
+
+def _cancelled(run: Any) -> bool:
+    from longclip.launch.status import statuses
+
+    return statuses([run])[0][0].state == "cancelled"
+
+
+def _leave_rest(names: Sequence[str]) -> None:
+    """Ends a submit that was stopped half-way, naming the runs that it has not begun."""
+    if names:
+        print(f"not started: {', '.join(names)}; the same submit continues with them")
+    raise typer.Exit(1)
 
 
 def _leave_by_outcome(runs: Sequence[Any]) -> None:

@@ -61,7 +61,8 @@ def _status(run: RunFolder, words: Words) -> Status:
     state, note = state_of(run, words)
     losses, recalls = series(points, "train/loss"), series(points, "val/mean_recall_at_1")
     speeds = series(points, "speed/samples_per_second")
-    total = next((s["samples"] for a in reversed(attempts) if (s := a.submitted) and s.get("samples")), None)
+    totals = (s["samples"] for a in reversed(attempts) if (s := a.submitted) and s.get("samples"))
+    total = next(totals, run.experiment().train.samples)
     return Status(
         run,
         state,
