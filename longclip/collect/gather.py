@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from longclip.run.attempts import FINISHED, Attempt, attempts_of
@@ -116,7 +117,7 @@ def _row(run: RunFolder, name: str) -> Row:
         waste=waste,
         padding_avoided=padding,
         test=test.get("metrics", {}),
-        test_set=experiment.data.test or "",
+        test_set=_named(experiment.data.test),
         test_hash=test.get("dataset"),
         test_samples=test.get("samples"),
         ceiling=test.get("ceiling") or {},
@@ -126,6 +127,11 @@ def _row(run: RunFolder, name: str) -> Row:
         hours_lost=lost,
         on_gpu=any("cuda" in str((a.started or {}).get("device")) for a in attempts),
     )
+
+
+def _named(dataset: str | None) -> str:
+    """A dataset's name; of a path the last two parts, which mean something to people on other machines too."""
+    return "/".join(Path(dataset).parts[-2:]) if dataset else ""
 
 
 def rank_hours(attempts: Sequence[Attempt]) -> tuple[float, float]:

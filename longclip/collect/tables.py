@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 KS = (1, 5, 10)
-MAIN = ("run", "window", "waste", "i2t R@1", "t2i R@1", "of ceiling", "state")
+MAIN = ("run", "window", "waste", "i2t R@1", "i2t ceiling", "t2i R@1", "t2i ceiling", "state")
 """columns that the terminal shows, with the goal's, the hours' and the other axes'"""
 
 
@@ -164,7 +164,8 @@ def terminal(result: Collected) -> Group:
 
     texts = shown(result.rows)
     table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
-    columns = [c for c in texts.columns if c in (*MAIN, _goal(result.rows)) or "." in c or c.endswith("(lost)")]
+    extra = [c for c in texts.columns if c == _goal(result.rows) or "." in c or c.endswith("(lost)")]
+    columns = [c for c in (*MAIN[:-1], *extra, MAIN[-1]) if c in texts.columns]
     for column in columns:
         left = column in ("run", "state")
         whole_words = max(len(word) for text in (column, *texts[column]) for word in text.split())

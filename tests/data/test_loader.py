@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
-from longclip.data.loader import Batch, Reader, evaluation_batches, square, training_batches
+from longclip.data.loader import Batch, Reader, _Steps, evaluation_batches, square, training_batches
 from longclip.data.order import Order
 from longclip.data.shards import Dataset, Sample, index_folder, open_dataset, write_shard
 from longclip.data.tokens import Tokenizer, cut, vocabulary_of, waste
@@ -105,6 +106,33 @@ def test_global_batches_are_the_same_on_any_ranks_and_workers(shards: Path) -> N
             for (pixels, texts), (want_pixels, want_texts) in zip(found, expected, strict=True):
                 assert texts == want_texts
                 assert torch.equal(pixels, want_pixels)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 25), min_size=1, max_size=12).filter(lambda s: sum(s) > 0),
+    share=st.integers(1, 5),
+    seed=st.integers(0, 1000),
+    block=st.integers(1, 5),
+)
+def test_ranks_share_one_sequence_of_any_size(sizes: list[int], share: int, seed: int, block: int) -> None:
+    """Two epochs of any index: 1, 2, 3, 4 ranks lay the same batches together, and an epoch is the index once."""
+
+    class Places:
+        def batch(self, places: list[tuple[int, int]], crops: object) -> list[tuple[int, int]]:
+            return places
+
+    batch = 12 * share
+    steps = -(-2 * sum(sizes) // batch)
+    sequences = []
+    for ranks in (1, 2, 3, 4):
+        order = Order(sizes, seed, block)
+        parts = [_Steps(cast(Any, Places()), order, (1.0, 1.0), batch, r, ranks) for r in range(ranks)]
+        sequences.append([cast(Any, place) for s in range(steps) for part in parts for place in cast(Any, part[s])])
+    assert all(s == sequences[0] for s in sequences)
+    everything = sorted((shard, i) for shard, size in enumerate(sizes) for i in range(size))
+    for epoch in range(2):
+        assert sorted(sequences[0][epoch * sum(sizes) : (epoch + 1) * sum(sizes)]) == everything
 
 
 @settings(max_examples=10, deadline=None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import read_json, runs_of
-from tests.launch.small import curve, kill_after_checkpoint, longclip, make_sweep, the_run
+from tests.launch.small import curve, environment, kill_after_checkpoint, longclip, make_sweep, the_run
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,16 @@ def test_one_process_without_a_queue(sweep: Path, whole: Path) -> None:
     assert "finished" in said
     for (s, a), (t, b) in zip(curve(the_run(runs, "ctx5")), curve(the_run(whole, "ctx5")), strict=True):
         assert s == t and a == pytest.approx(b, rel=1e-5)
+
+
+def test_under_torchrun(sweep: Path, whole: Path) -> None:
+    """Two ranks of torchrun are two ranks of Submitit: the same losses, bit for bit."""
+    runs = sweep.parent / "torchrun"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command += ["longclip.cli", "train", str(sweep / "ctx5.yaml"), "--runs", str(runs)]
+    done = subprocess.run(command, cwd=sweep.parent, capture_output=True, text=True, timeout=240, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert curve(the_run(runs, "ctx5")) == curve(the_run(whole, "ctx5"))
 
 
 def test_a_crash_is_told_and_not_tried_again(sweep: Path) -> None:
