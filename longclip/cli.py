@@ -33,7 +33,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Shards: synthesize, index.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 500)
 _debug = False
 
 Paths = Annotated[list[Path], typer.Argument(help="Experiment files, or folders of them.", show_default=False)]

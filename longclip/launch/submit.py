@@ -77,14 +77,17 @@ def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan
                 f"{one.file} ({one.experiment.name}) and {twin.file} ({twin.experiment.name}) are the same experiment: "
                 "nothing that decides the weights differs"
             )
-    existing = [run for _, _, _, run in drafts if run.exists()]
+    existing = []
+    for _, _, facts, run in drafts:
+        if run.exists():
+            run.check(facts)
+            existing.append(run)
     states = {s.run.path: s for s in statuses(existing)[0]}
     plans = []
     for one, resolved, facts, run in drafts:
         if run.path not in states:
             action, why = "new", _nearest(run, facts, site)
         else:
-            run.check(facts)
             state = states[run.path]
             action, why = _decide(state.state, state.note, state.samples, retry)
         plans.append(Plan(one.experiment, one.axes, resolved, facts, run, action, why))

@@ -70,7 +70,7 @@ def test_requeued_job_does_not_wait(cluster: Cluster, tmp_path: Path) -> None:
     output = tmp_path / f"{job}.out"
     wait_until("the job to run", lambda: output.exists() and output.read_text() == "run\n")
     run("scontrol", "requeue", job)
-    wait_until("the second run", lambda: "run 1" in output.read_text().splitlines(), seconds=40)
+    wait_until("the second run", lambda: "run 1" in output.read_text().splitlines(), seconds=90)
     run("scancel", job)
 
 
