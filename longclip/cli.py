@@ -442,7 +442,7 @@ def index(
     workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 1,
 ) -> None:
     """Index a folder of WebDataset shards, once."""
-    from longclip.data.shards import index_folder
+    from longclip.data.index import index_folder
 
     done = index_folder(shards, dest, workers)
     print(f"indexed {done.samples:,} samples in {done.shards} shards -> {done.folder}/index.json")

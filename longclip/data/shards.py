@@ -22,17 +22,14 @@ import json
 import os
 import re
 import secrets
-import tarfile
 import threading
 import warnings
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import repeat
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image
@@ -50,7 +47,7 @@ OPEN_SHARDS = 64
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
 _EXTENSION_OF = dict(zip(_IMAGE_FORMATS, ("jpg", "png", "webp", "tif", "gif", "bmp"), strict=True))
-_MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
+MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 """key and extension, split at the first dot of the file name, as webdataset does"""
 
 
@@ -65,19 +62,6 @@ class Sample:
     """the json member; empty where the shard has none"""
 
 
-@dataclass(frozen=True)
-class IndexSummary:
-    """What :func:`index_folder` found."""
-
-    folder: Path
-    """where index.json was written"""
-    shards: int
-    samples: int
-    bytes: int
-    skipped: dict[str, int]
-    """reason -> number of samples, most frequent first"""
-
-
 class Skipped(BaseModel):
     """A sample (or a member, by its full name) that cannot be used, and why."""
 
@@ -86,7 +70,7 @@ class Skipped(BaseModel):
     reason: str
 
 
-class _ShardEntry(BaseModel):
+class ShardEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(pattern=r"^[^/]+\.tar$")
     bytes: int = Field(ge=0)
@@ -95,18 +79,18 @@ class _ShardEntry(BaseModel):
     skipped: tuple[Skipped, ...] = ()
 
 
-class _Index(BaseModel):
+class Index(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     version: Literal[1]
     root: str
-    shards: tuple[_ShardEntry, ...]
+    shards: tuple[ShardEntry, ...]
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[BinaryIO]:
+def write_aside(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes ``path`` when the block ends well, and leaves nothing behind when it does not."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -119,7 +103,7 @@ def _aside(path: Path) -> Iterator[BinaryIO]:
         aside.unlink(missing_ok=True)
 
 
-def _image_format(data: bytes) -> tuple[str, int]:
+def image_format(data: bytes) -> tuple[str, int]:
     """Format and pixels (width x height) from the header alone. Raises ValueError saying what is wrong."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pillow warns from 89 MPixel on; the limit here is lower and not a warning
@@ -139,75 +123,30 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
     Raises:
         ValueError: a key that is empty, repeated, or not a plain relative name without dots; bytes that are no image.
+        SiteError: webdataset is not installed.
     """
+    try:
+        from webdataset import TarWriter  # imports torch: only where shards are written
+    except ImportError:
+        raise SiteError("writing shards needs webdataset", 'pip install "longclip[train]"') from None
     path.parent.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
-    with _aside(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with write_aside(path) as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
         for sample in samples:
-            if not (found := _MEMBER.fullmatch(f"{sample.key}.x")) or found[2] != "x" or _unsafe(sample.key):
+            if not (found := MEMBER.fullmatch(f"{sample.key}.x")) or found[2] != "x" or unsafe(sample.key):
                 raise ValueError(f"not a usable key: {sample.key!r}")
             if sample.key in seen:
                 raise ValueError(f"key {sample.key!r} occurs twice")
             seen.add(sample.key)
-            for extension, data in (
-                (_EXTENSION_OF[_image_format(sample.image)[0]], sample.image),
-                ("txt", sample.text.encode()),
-                ("json", json.dumps(sample.fields, ensure_ascii=False).encode()),
-            ):
-                member = tarfile.TarInfo(f"{sample.key}.{extension}")  # mtime, uid and gid are 0, the owner is empty
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+            members = {
+                _EXTENSION_OF[image_format(sample.image)[0]]: sample.image,
+                "txt": sample.text.encode(),
+                "json": json.dumps(sample.fields, ensure_ascii=False).encode(),
+            }
+            tar.write({"__key__": sample.key, **members})
 
 
-# --------------------------------------------------------------------------------------------------------- indexing
-
-
-class _Hashing:
-    """A file read once, front to back, and hashed on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.hash, self.bytes = file, hashlib.sha256(), 0
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self.hash.update(data)
-        self.bytes += len(data)
-        return data
-
-
-@dataclass
-class _Group:
-    """Neighbouring members with one key."""
-
-    key: str
-    members: dict[str, tuple[int, int, bytes]] = field(default_factory=dict)
-    """extension -> offset, size, content"""
-
-    def places(self) -> list[int]:
-        """Offset and size of image, text and json (-1, 0 where there is none). Raises ValueError with the reason."""
-        images = [extension for extension in self.members if extension in IMAGE_EXTENSIONS]
-        if not images:
-            raise ValueError("no image member")
-        if len(images) > 1:
-            raise ValueError("more than one image member")
-        if "txt" not in self.members:
-            raise ValueError("no text member")
-        if max(size for _, size, _ in self.members.values()) > MAX_MEMBER:
-            raise ValueError(f"a member is larger than {MAX_MEMBER // 2**20} MiB")
-        image, text, fields = (self.members.get(e, (-1, 0, b"")) for e in (images[0], "txt", "json"))
-        try:
-            if not text[2].decode().strip():
-                raise ValueError("empty text")
-        except UnicodeDecodeError:
-            raise ValueError("text is not UTF-8") from None
-        if "json" in self.members:
-            _json_object(fields[2])
-        if _image_format(image[2])[1] > MAX_PIXELS:
-            raise ValueError(f"image has more than {MAX_PIXELS // 10**6} MPixel")
-        return [*image[:2], *text[:2], *fields[:2]]
-
-
-def _json_object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(data.decode())
     except (ValueError, RecursionError):
@@ -217,136 +156,8 @@ def _json_object(data: bytes) -> dict[str, Any]:
     raise ValueError("json is not a JSON object")
 
 
-def _unsafe(name: str) -> bool:
+def unsafe(name: str) -> bool:
     return name.startswith("/") or ".." in name.split("/")
-
-
-def _groups(tar: tarfile.TarFile, skipped: list[Skipped]) -> Iterator[_Group]:
-    group: _Group | None = None
-    for member in tar:
-        if member.isdir():
-            continue
-        found = _MEMBER.fullmatch(member.name)
-        if _unsafe(member.name):
-            reason = "name points out of the folder"
-        elif not member.isreg() or member.issparse():
-            reason = "a link or a special file"
-        elif found is None:
-            reason = "name is not <key>.<extension>"
-        else:
-            key, extension = found[1], found[2].lower()
-            if group is None or group.key != key or extension in group.members:
-                if group is not None:
-                    yield group
-                group = _Group(key)
-            data = b""
-            if extension in (*IMAGE_EXTENSIONS, "txt", "json") and member.size <= MAX_MEMBER:
-                content = tar.extractfile(member)
-                data = content.read() if content is not None else b""
-            group.members[extension] = (member.offset_data, member.size, data)
-            continue
-        skipped.append(Skipped(key=member.name.encode(errors="replace").decode(), reason=reason))
-    if group is not None:
-        yield group
-
-
-def _index_shard(path: Path, out: Path) -> _ShardEntry:
-    """Reads one tar front to back, writes its ``.idx.npz`` into ``out``, and returns its line of index.json."""
-    keys: dict[str, list[int]] = {}
-    seen: set[str] = set()
-    skipped: list[Skipped] = []
-    try:
-        with open(path, "rb", buffering=0) as file:
-            source = _Hashing(file)
-            try:
-                with tarfile.open(fileobj=cast(BinaryIO, source), mode="r|", bufsize=2**20) as tar:
-                    for group in _groups(tar, skipped):
-                        try:
-                            if group.key in seen:
-                                raise ValueError("key occurs again (a sample's members must lie side by side)")
-                            seen.add(group.key)
-                            group.key.encode()
-                            keys[group.key] = group.places()
-                        except ValueError as error:
-                            reason = "name is not UTF-8" if isinstance(error, UnicodeError) else str(error)
-                            skipped.append(Skipped(key=group.key.encode(errors="replace").decode(), reason=reason))
-                    end = tar.offset
-            except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-                raise UserError(f"not a whole, uncompressed tar: {path} ({error})", _REWRITE) from error
-            while source.read(2**20):
-                pass
-            # tarfile takes a header that is cut off or garbled for the end; a whole tar ends in a block of zeros
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-                what = "cut off" if end + tarfile.BLOCKSIZE > source.bytes else "damaged"
-                raise UserError(f"not a whole, uncompressed tar: {path} ({what} at byte {end:,})", _REWRITE)
-    except OSError as error:
-        raise SiteError(f"cannot read {path}: {error.strerror or error}") from error
-    sha256 = source.hash.hexdigest()
-    names = [key.encode() for key in keys]
-    with _aside(out / f"{path.name}.idx.npz") as file:
-        np.savez(
-            file,
-            allow_pickle=False,
-            sha256=np.array(sha256),
-            keys=np.frombuffer(b"".join(names), dtype=np.uint8),
-            key_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
-            members=np.array(list(keys.values()), dtype=np.int64).reshape(len(keys), 6),
-        )
-    return _ShardEntry(name=path.name, bytes=source.bytes, sha256=sha256, samples=len(keys), skipped=tuple(skipped))
-
-
-def _index_shards(paths: list[Path], out: Path, workers: int) -> Iterator[_ShardEntry]:
-    if workers <= 1 or len(paths) == 1:
-        yield from (_index_shard(path, out) for path in paths)
-        return
-    with ProcessPoolExecutor(min(workers, len(paths))) as pool:
-        yield from pool.map(_index_shard, paths, repeat(out))
-
-
-_REWRITE = "copy or write this shard again, or move it out of the folder (gunzip it first if it is compressed)"
-
-
-def index_folder(
-    shards: Path, out: Path | None = None, workers: int = 1, progress: Callable[[str, int, int], None] | None = None
-) -> IndexSummary:
-    """Indexes every ``*.tar`` of a folder; each is read once, front to back. Run again after shards change.
-
-    Args:
-        shards: the folder of tars; may be read-only when ``out`` is given.
-        out: where the index is written and what :func:`open_dataset` is then given; default: ``shards`` itself.
-        workers: processes, one shard each at a time.
-        progress: called after each shard, with its name, readable samples and bytes.
-
-    Raises:
-        UserError: no such folder, no tar in it, or a file that is not a whole tar.
-        SiteError: a shard cannot be read, or the index cannot be written.
-    """
-    if not shards.is_dir():
-        raise UserError(f"no such folder: {shards}", "give the folder that holds the *.tar shards")
-    paths = sorted(path for path in shards.glob("*.tar") if path.is_file() and not path.name.startswith("."))
-    if not paths:
-        raise UserError(f"no *.tar in {shards}", "give the folder that holds the shards, not one above or below it")
-    folder = shards if out is None else out
-    entries: list[_ShardEntry] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _aside(folder / "index.json") as file:  # opened first: hours of reading are not lost to a read-only folder
-            for entry in _index_shards(paths, folder, workers):
-                entries.append(entry)
-                if progress is not None:
-                    progress(entry.name, entry.samples, entry.bytes)
-            root = "." if folder.resolve() == shards.resolve() else str(shards.resolve())
-            file.write(_Index(version=1, root=root, shards=tuple(entries)).model_dump_json(indent=1).encode() + b"\n")
-    except OSError as error:
-        raise SiteError(f"cannot write the index into {folder}: {error.strerror or error}", "--out FOLDER") from error
-    reasons = Counter(skip.reason for entry in entries for skip in entry.skipped)
-    return IndexSummary(
-        folder=folder,
-        shards=len(entries),
-        samples=sum(entry.samples for entry in entries),
-        bytes=sum(entry.bytes for entry in entries),
-        skipped=dict(reasons.most_common()),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -458,7 +269,7 @@ class Dataset:
         key = source.key(index)
         try:
             fields = source.member(index, 2)
-            return key, source.member(index, 1).decode(), _json_object(fields) if fields else {}
+            return key, source.member(index, 1).decode(), json_object(fields) if fields else {}
         except ValueError as error:
             message = f"sample {key} is not as it was indexed ({error})"
             raise OSError(errno.EIO, message, str(source.path)) from error
@@ -479,7 +290,7 @@ def open_dataset(spec: str | Path) -> Dataset:
         raise UserError(f"no such folder: {path}", "give a folder of indexed shards, or FOLDER/GLOB.tar")
     again = f"longclip data index {path}"
     try:
-        index = _Index.model_validate_json((path / "index.json").read_bytes())
+        index = Index.model_validate_json((path / "index.json").read_bytes())
     except FileNotFoundError:
         raise UserError(f"not indexed: {path} holds no index.json", again) from None
     except ValidationError as error:

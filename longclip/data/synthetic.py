@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-from longclip.data.shards import Sample, index_folder, write_shard
+from longclip.data.index import index_folder
+from longclip.data.shards import Sample, write_shard
 from longclip.errors import SiteError, UserError
 
 PLACES = (

@@ -10,21 +10,18 @@ import difflib
 import itertools
 import os
 import re
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
 from longclip.errors import ExperimentError, Mistake, UserError
+from longclip.experiment.explain import Key, explain
 from longclip.experiment.identity import natural
 from longclip.experiment.schema import Experiment
-
-Key = tuple[str, ...]
 
 PATHS: tuple[Key, ...] = (
     ("data", "train"),
@@ -66,6 +63,8 @@ class Loaded:
 
 @dataclass
 class _Tree:
+    """Values, and where each was written."""
+
     values: dict[str, Any]
     origins: dict[Key, Origin]
 
@@ -388,58 +387,5 @@ def _validate(tree: _Tree, file: Path) -> Experiment:
     try:
         return Experiment.model_validate(tree.values)
     except ValidationError as error:
-        raise ExperimentError([_mistake(e, tree, file) for e in error.errors(include_url=False)]) from None
-
-
-def _mistake(error: ErrorDetails, tree: _Tree, file: Path) -> Mistake:
-    key = tuple(str(part) for part in error["loc"])
-    ctx = error.get("ctx", {})
-    if error["type"] == "longclip":
-        key += tuple(ctx["key"].split("."))
-        return Mistake(str(tree.origin(key, file)), ".".join(key), str(ctx["message"]))
-    what = error["msg"]
-    if error["type"] == "extra_forbidden":
-        what = _unknown_key(key)
-    elif error["type"] == "missing":
-        what = "missing"
-    elif error["type"] in ("model_type", "model_attributes_type"):
-        what = f"is a section of keys, not {error['input']!r}"
-    else:
-        key = tuple(p for p in key if not re.match(r"(constrained-)?(int|float|str)$|literal\[", p))  # a union's arms
-        what = f"is {error['input']!r}; {what[0].lower()}{what[1:]}"
-    return Mistake(str(tree.origin(key, file)), ".".join(key), what)
-
-
-def _unknown_key(key: Key) -> str:
-    fields = list(_fields(key[:-1]))
-    near = difflib.get_close_matches(key[-1], fields, 1, cutoff=0.6)
-    elsewhere = [path for path in known_keys() if path.rpartition(".")[2] == key[-1]]
-    if near:
-        return f"unknown key; did you mean {near[0]}?"
-    if elsewhere:
-        return f"unknown key here; did you mean {elsewhere[0]}?"
-    return f"unknown key; valid here: {', '.join(fields)}"
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((s for a in typing.get_args(annotation) if (s := _section(a))), None)
-
-
-def _fields(path: Key) -> dict[str, Any]:
-    model: type[BaseModel] | None = Experiment
-    for part in path:
-        model = _section(model.model_fields[part].annotation) if model and part in model.model_fields else None
-    extra = {"extends": None, "sweep": None} if not path else {}
-    return {**(model.model_fields if model else {}), **extra}
-
-
-def known_keys(path: Key = ()) -> list[str]:
-    """Dotted paths of all keys that an experiment may hold."""
-    keys = []
-    for name, info in _fields(path).items():
-        keys.append(".".join((*path, name)))
-        if info is not None and _section(info.annotation):
-            keys.extend(known_keys((*path, name)))
-    return keys
+        found = [explain(e) for e in error.errors(include_url=False)]
+        raise ExperimentError([Mistake(str(tree.origin(k, file)), ".".join(k), what) for k, what in found]) from None

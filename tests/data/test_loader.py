@@ -15,9 +15,10 @@ from PIL import Image
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
+from longclip.data.index import index_folder
 from longclip.data.loader import Batch, Reader, _Steps, evaluation_batches, square, training_batches
 from longclip.data.order import Order
-from longclip.data.shards import Dataset, Sample, index_folder, open_dataset, write_shard
+from longclip.data.shards import Dataset, Sample, open_dataset, write_shard
 from longclip.data.tokens import Tokenizer, cut, vocabulary_of, waste
 from longclip.model.towers import Pixels
 

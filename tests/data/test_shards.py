@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from longclip.data import shards
-from longclip.data.shards import Sample, index_folder, open_dataset, write_shard
+from longclip.data.index import index_folder
+from longclip.data.shards import Sample, open_dataset, write_shard
 from longclip.errors import SiteError, UserError
 
 

@@ -1,0 +1,69 @@
+"""What a validation error means to the person who typed the file: which key, what is wrong, what would be valid."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from longclip.experiment.schema import Experiment
+
+Key = tuple[str, ...]
+"""Path of a key: ``("train", "lr")``"""
+
+
+def explain(error: ErrorDetails) -> tuple[Key, str]:
+    """The key at fault and one line about it."""
+    key = tuple(str(part) for part in error["loc"])
+    ctx = error.get("ctx", {})
+    if error["type"] == "longclip":
+        return key + tuple(ctx["key"].split(".")), str(ctx["message"])
+    if error["type"] == "extra_forbidden":
+        return key, _unknown_key(key)
+    if error["type"] == "missing":
+        return key, "missing"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return key, f"is a section of keys, not {error['input']!r}"
+    # The arms of a union are parts of pydantic's path, but not of the file's.
+    key = tuple(p for p in key if not re.match(r"(constrained-)?(int|float|str)$|literal\[", p))
+    what = error["msg"]
+    return key, f"is {error['input']!r}; {what[0].lower()}{what[1:]}"
+
+
+def _unknown_key(key: Key) -> str:
+    fields = list(_fields(key[:-1]))
+    near = difflib.get_close_matches(key[-1], fields, 1, cutoff=0.6)
+    elsewhere = [path for path in known_keys() if path.rpartition(".")[2] == key[-1]]
+    if near:
+        return f"unknown key; did you mean {near[0]}?"
+    if elsewhere:
+        return f"unknown key here; did you mean {elsewhere[0]}?"
+    return f"unknown key; valid here: {', '.join(fields)}"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((s for a in typing.get_args(annotation) if (s := _section(a))), None)
+
+
+def _fields(path: Key) -> dict[str, Any]:
+    model: type[BaseModel] | None = Experiment
+    for part in path:
+        model = _section(model.model_fields[part].annotation) if model and part in model.model_fields else None
+    extra = {"extends": None, "sweep": None} if not path else {}
+    return {**(model.model_fields if model else {}), **extra}
+
+
+def known_keys(path: Key = ()) -> list[str]:
+    """Dotted paths of all keys that an experiment may hold."""
+    keys = []
+    for name, info in _fields(path).items():
+        keys.append(".".join((*path, name)))
+        if info is not None and _section(info.annotation):
+            keys.extend(known_keys((*path, name)))
+    return keys
