@@ -91,22 +91,18 @@ def _packed_attention(
     ``sliding_window`` is flash attention's: positions at a distance below it see each other.
     """
     heads, head_dim = query.shape[1], query.shape[3]
-    outputs, start = [], 0
-    for length, count in groups:
-        end = start + length * count
-
-        def split(x: Tensor, a: int = start, b: int = end, n: int = count) -> Tensor:
-            return x[0, :, a:b].reshape(heads, n, -1, head_dim).transpose(0, 1)
-
+    # One split, whose backward is one concatenation; slicing would make each group's backward as long as all of T.
+    sizes = [length * count for length, count in groups]
+    outputs = []
+    parts = zip(groups, *(x.squeeze(0).split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    for (length, count), *qkv_HTD in parts:
+        q, k, v = (x.reshape(heads, count, length, head_dim).transpose(0, 1) for x in qkv_HTD)
         mask = None
         if sliding_window is not None and length > sliding_window:
             at = torch.arange(length, device=query.device)
             mask = (at[:, None] - at[None, :]).abs() < sliding_window
-        out = F.scaled_dot_product_attention(
-            split(query), split(key), split(value), attn_mask=mask, dropout_p=dropout, scale=scaling
-        )
-        outputs.append(out.transpose(1, 2).reshape(1, end - start, heads, head_dim))
-        start = end
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        outputs.append(out.transpose(1, 2).reshape(1, length * count, heads, head_dim))
     return torch.cat(outputs, dim=1), None
 
 
