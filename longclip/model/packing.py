@@ -94,7 +94,7 @@ def _packed_attention(
     # One split, whose backward is one concatenation; slicing would make each group's backward as long as all of T.
     sizes = [length * count for length, count in groups]
     outputs = []
-    parts = zip(groups, *(x.squeeze(0).split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    parts = zip(groups, *(torch.split(x.squeeze(0), sizes, dim=1) for x in (query, key, value)), strict=True)
     for (length, count), *qkv_HTD in parts:
         q, k, v = (x.reshape(heads, count, length, head_dim).transpose(0, 1) for x in qkv_HTD)
         mask = None
