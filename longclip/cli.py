@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.table import Table
 
 from longclip import __version__
 from longclip.errors import LongclipError, UserError
@@ -33,7 +30,6 @@ app = typer.Typer(
 data_app = typer.Typer(help="Shards: synthesize, index.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 500)
 _debug = False
 
 Paths = Annotated[list[Path], typer.Argument(help="Experiment files, or folders of them.", show_default=False)]
@@ -96,6 +92,7 @@ def submit(
     runs: Runs = None,
 ) -> None:
     """Queue what is new or was interrupted; leave alone what is finished, queued or running."""
+    from longclip import screen
     from longclip.experiment.load import load
     from longclip.launch import submit as launch
 
@@ -103,9 +100,10 @@ def submit(
     if on not in ("slurm", "local", "debug"):
         raise UserError(f"--on {on}: valid is slurm, local or debug")
     plans = launch.plan(load(paths, set_), profile)
-    _print_plans(plans, profile.name)
+    screen.print_plans(plans, profile.name)
     if dry_run:
-        _dry_run(plans, profile)
+        if not screen.print_dry_run(plans, profile):
+            raise typer.Exit(3)
         return
     _submit(plans, profile, on, wait, parallel)
 
@@ -119,6 +117,7 @@ def retry(
     runs: Runs = None,
 ) -> None:
     """Continue runs that crashed, diverged or were cancelled, from their last checkpoint."""
+    from longclip import screen
     from longclip.experiment.load import Loaded
     from longclip.launch import submit as launch
     from longclip.run.folder import find_runs
@@ -126,7 +125,7 @@ def retry(
     profile = _site(site, runs)
     loaded = [Loaded(r.experiment(), r.path, r.sweep, r.axes()) for r in find_runs(profile.runs, target)]
     plans = launch.plan(loaded, profile, retry=True)
-    _print_plans(plans, profile.name)
+    screen.print_plans(plans, profile.name)
     _submit(plans, profile, on, wait, parallel=False)
 
 
@@ -136,55 +135,8 @@ def _site(name: str | None, runs: Path | None) -> Any:
     return find_site(name, runs)
 
 
-def _print_plans(plans: Sequence[Any], site: str) -> None:
-    from longclip.launch.snapshot import code_hash, commit
-
-    out.print(f"site {site} · code {commit() or 'installed'} ({code_hash()})", highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("run", "action", "why", "window", "samples", "ranks"):
-        table.add_column(column, overflow="fold")
-    for p in plans:
-        samples = f"{p.resolved.samples:,}" if p.resolved.samples else "?"
-        ask = p.experiment.slurm
-        table.add_row(
-            p.run.name,
-            p.action,
-            p.why,
-            str(p.experiment.model.context_length),
-            samples,
-            f"{ask.nodes} x {ask.ranks_per_node} {'GPU' if ask.gpus_per_node else 'CPU'}",
-        )
-    out.print(table)
-
-
-def _dry_run(plans: Sequence[Any], profile: Any) -> None:
-    from longclip.launch import submit as launch
-    from longclip.launch.scheduler import have_slurm
-
-    refused = False
-    for p in plans:
-        script = launch.batch_script(p, profile)
-        print(f"\n# ---- {p.run.sweep}/{p.run.name}")
-        print(script.rstrip())
-        if have_slurm():
-            try:
-                print(f"# sbatch --test-only: {launch.test_only(script)}")
-            except LongclipError as error:
-                refused = True
-                print(f"# {error}")
-    if not have_slurm():
-        print("\n# sbatch --test-only: not tried, there is no Slurm on this machine")
-    obstacles = launch.problems(plans)
-    for obstacle in obstacles:
-        print(f"! a submit would stop here: {obstacle}")
-    if obstacles:
-        print("! run ids above are provisional: they hold the hash of what could not be found")
-    print("dry run: nothing was queued, nothing was written")
-    if refused:
-        raise typer.Exit(3)
-
-
 def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: bool) -> None:
+    from longclip import screen
     from longclip.launch import submit as launch
 
     todo = [p for p in plans if p.queues]
@@ -199,7 +151,7 @@ def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: b
             continue
         if on == "debug":
             job.results()
-        elif not _watch([p.run for p in plans], until=job.done):
+        elif not screen.watch([p.run for p in plans], until=job.done):
             print(f"\nstopped watching; {plan.run.name} goes on (longclip cancel {plan.run.name} stops it)")
             _leave_rest([p.run.name for p in todo[len(ids) :]])
         if _cancelled(plan.run):
@@ -212,7 +164,7 @@ def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: b
         print(f"watch: longclip status {sweeps[0]} -w    undo: longclip cancel {sweeps[0]}")
         if not wait:
             return
-        _watch([p.run for p in plans])
+        screen.watch([p.run for p in plans])
     _sync([p.run for p in plans], profile)
     _leave_by_outcome([p.run for p in todo])
 
@@ -252,15 +204,16 @@ def status(
     runs: Runs = None,
 ) -> None:
     """Where runs stand: from their records and the scheduler's word."""
+    from longclip import screen
     from longclip.launch.status import statuses
 
     found = _find(site, runs, target)
     if as_json:
         print(json.dumps([s.as_dict() for s in statuses(found)[0]], indent=1))
     elif watch:
-        _watch(found)
+        screen.watch(found)
     else:
-        out.print(_status_table(found))
+        screen.out.print(screen.status_table(found))
 
 
 def _find(site: str | None, runs: Path | None, target: str | None) -> list[Any]:
@@ -273,69 +226,6 @@ def _find(site: str | None, runs: Path | None, target: str | None) -> list[Any]:
     if not found:
         raise UserError(f"no runs under {root}", "longclip submit experiments/demo, or --runs DIR")
     return found
-
-
-def _status_table(runs: Sequence[Any]) -> Table:
-    from longclip.launch.status import statuses
-
-    rows, words = statuses(runs)
-    ages = [r.age for r in rows if r.age is not None and r.state == "running"]
-    source = " · ".join(filter(None, [words.sources, f"journals {min(ages):.0f} s ago" if ages else ""]))
-    table = Table(box=None, pad_edge=False, header_style="bold", caption=source or None, caption_justify="left")
-    for column in ("run", "state", "samples", "loss", "R@1 val", "smp/s", "note"):
-        table.add_column(column, justify="right" if column in ("samples", "loss", "R@1 val", "smp/s") else "left")
-    colours = {"finished": "green", "running": "cyan", "crashed": "red", "diverged": "red", "lost": "yellow"}
-    for r in rows:
-        total = f"{r.total:,}" if r.total else "?"
-        table.add_row(
-            r.run.name,
-            f"[{colours.get(r.state, 'default')}]{r.state}[/]",
-            f"{r.samples:,}/{total}",
-            "-" if r.loss is None else f"{r.loss:.3f}",
-            "-" if r.recall is None else f"{100 * r.recall:.1f}",
-            "-" if r.speed is None else f"{r.speed:.0f}",
-            r.note,
-        )
-    return table
-
-
-def _watch(runs: Sequence[Any], until: Any = None) -> bool:
-    """Shows the live table until no run is queued or running (or ``until()``); False if the user stopped it."""
-    from longclip.launch.status import statuses
-
-    def over() -> bool:
-        if until is not None:
-            return bool(until())
-        return all(s.state not in ("queued", "running") for s in statuses(runs)[0])
-
-    try:
-        if not out.is_terminal:
-            last = ""
-            while not (done := over()) or last == "":
-                lines = [f"{s.run.name} {s.state} {s.samples:,}" for s in statuses(runs)[0] if s.state == "running"]
-                if (line := "; ".join(lines) or "waiting") != last:
-                    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-                    last = line
-                if done:
-                    break
-                _pause(until, 20.0)
-            out.print(_status_table(runs))
-            return True
-        with Live(_status_table(runs), console=out, refresh_per_second=2) as live:
-            while not over():
-                _pause(until, 2.0)
-                live.update(_status_table(runs))
-            live.update(_status_table(runs))
-        return True
-    except KeyboardInterrupt:
-        return False
-
-
-def _pause(until: Any, seconds: float) -> None:
-    """Sleeps, but not past the end of what is waited for."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not (until is not None and until()):
-        time.sleep(0.5)
 
 
 @app.command()
@@ -395,12 +285,13 @@ def collect(
     runs: Runs = None,
 ) -> None:
     """Lay a sweep out side by side: one row a run, curves, CSV and Markdown."""
+    from longclip import screen
     from longclip.collect.tables import collect as collect_runs
     from longclip.collect.tables import terminal
 
     found = [run for target in targets for run in _find(site, runs, target)]
     result = collect_runs(found, dest or Path("results") / found[0].sweep)
-    out.print(terminal(result))
+    screen.out.print(terminal(result))
     for warning in result.warnings:
         print(f"! {warning}")
     print(f"wrote {', '.join(str(p) for p in result.files)}")

@@ -91,6 +91,14 @@ def test_one_process_without_a_queue(sweep: Path, whole: Path) -> None:
         assert s == t and a == pytest.approx(b, rel=1e-5)
 
 
+def test_in_this_process(sweep: Path, whole: Path) -> None:
+    """``--on debug``: two runs after each other in the submitting process, on one rank."""
+    runs = sweep.parent / "debug"
+    words = ("--on", "debug", "--set", "slurm.tasks_per_node=1", "--set", "train.samples=240", "--runs", runs)
+    longclip("submit", sweep / "ctx5.yaml", sweep / "ctx6.yaml", *words, cwd=sweep.parent)
+    assert len(curve(the_run(runs, "ctx5"))) == len(curve(the_run(runs, "ctx6"))) == 10
+
+
 def test_under_torchrun(sweep: Path, whole: Path) -> None:
     """Two ranks of torchrun are two ranks of Submitit: the same losses, bit for bit."""
     runs = sweep.parent / "torchrun"
