@@ -91,7 +91,7 @@ def test_one_process_without_a_queue(sweep: Path, whole: Path) -> None:
         assert s == t and a == pytest.approx(b, rel=1e-5)
 
 
-def test_in_this_process(sweep: Path, whole: Path) -> None:
+def test_in_this_process(sweep: Path) -> None:
     """``--on debug``: two runs after each other in the submitting process, on one rank."""
     runs = sweep.parent / "debug"
     words = ("--on", "debug", "--set", "slurm.tasks_per_node=1", "--set", "train.samples=240", "--runs", runs)
