@@ -123,8 +123,14 @@ def retry(
     from longclip.run.folder import find_runs
 
     profile = _site(site, runs)
-    loaded = [Loaded(r.experiment(), r.path, r.sweep, r.axes()) for r in find_runs(profile.runs, target)]
+    found = find_runs(profile.runs, target)
+    loaded = [Loaded(r.experiment(), r.path, r.sweep, r.axes()) for r in found]
     plans = launch.plan(loaded, profile, retry=True)
+    for run, one in zip(found, plans, strict=True):
+        if one.run.path.resolve() != run.path.resolve():
+            raise UserError(
+                f"{run.path}: retry would begin {one.run.path} instead: data or weights have changed, or --runs"
+            )
     screen.print_plans(plans, profile.name)
     _submit(plans, profile, on, wait, parallel=False)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from longclip.errors import LongclipError
@@ -39,7 +40,7 @@ def print_plans(plans: Sequence[Plan], site: str) -> None:
         table.add_row(
             p.run.name,
             p.action,
-            p.why,
+            escape(p.why),
             str(p.experiment.model.context_length),
             samples,
             f"{ask.nodes} x {ask.ranks_per_node} {'GPU' if ask.gpus_per_node else 'CPU'}",
@@ -92,7 +93,7 @@ def status_table(runs: Sequence[RunFolder]) -> Table:
             "-" if r.loss is None else f"{r.loss:.3f}",
             "-" if r.recall is None else f"{100 * r.recall:.1f}",
             "-" if r.speed is None else f"{r.speed:.0f}",
-            r.note,
+            escape(r.note),  # notes quote error messages, which may hold brackets
         )
     return table
 
@@ -103,7 +104,8 @@ def watch(runs: Sequence[RunFolder], until: Callable[[], bool] | None = None) ->
     def over() -> bool:
         if until is not None:
             return until()
-        return all(s.state not in ("queued", "running") for s in statuses(runs)[0])
+        # A scheduler that does not answer for a moment has ended nothing.
+        return all(s.state not in ("queued", "running", "unknown") for s in statuses(runs)[0])
 
     try:
         if not out.is_terminal:

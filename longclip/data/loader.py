@@ -27,7 +27,7 @@ from longclip.model.packing import Packed, pack
 from longclip.model.towers import Pixels
 
 RETRIES = 3
-"""times that a read is tried before the attempt fails; the wait doubles from one second"""
+"""times that a failed read is tried again before the attempt fails; the wait doubles from one second"""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
     try:
         with Image.open(io.BytesIO(data)) as opened:
             image = opened.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the bytes are in memory, so this is the image's fault; decoders raise nearly anything
         raise ValueError(f"not a readable image ({error})") from None
     width, height = image.size
     if crop is None:
@@ -170,5 +172,5 @@ def evaluation_batches(reader: Reader, batch: int, rank: int, ranks: int) -> Ite
     """
     places = [(s, i) for s, size in enumerate(reader.dataset.sizes) for i in range(size)]
     for start in range(0, len(places), batch * ranks):
-        mine = places[start + rank * batch : start + (rank + 1) * batch][: max(0, len(places) - start)]
+        mine = places[start + rank * batch : start + (rank + 1) * batch]
         yield reader.batch(mine or places[:1], [None] * max(1, len(mine))), len(mine)

@@ -235,7 +235,8 @@ class Dataset:
     sizes: tuple[int, ...]
     """readable samples of each shard, in the order of ``names``; may be 0 for some"""
     hash: str
-    """sha256 (hex) over the shards' own sha256: the content, wherever it lies and whatever its files are called"""
+    """sha256 (hex) over the shards' own sha256 and how many of their samples are readable: the content, wherever it
+    lies and whatever its files are called"""
     sha256: tuple[str, ...] = field(repr=False)
     _handles: _Handles = field(default_factory=_Handles, repr=False, compare=False)
 
@@ -325,6 +326,6 @@ def open_dataset(spec: str | Path) -> Dataset:
         root=root,
         names=tuple(entry.name for entry in chosen),
         sizes=tuple(entry.samples for entry in chosen),
-        hash=hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        hash=hashlib.sha256(" ".join(f"{e.sha256}:{e.samples}" for e in chosen).encode()).hexdigest(),
         sha256=hashes,
     )

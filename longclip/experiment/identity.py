@@ -28,6 +28,7 @@ REFERENCES = (
 
 _TOWER_FILES = (
     "config.json",
+    "preprocessor_config.json",
     "*.safetensors",
     "pytorch_model*.bin",
     "tokenizer.json",

@@ -35,7 +35,7 @@ PATHS: tuple[Key, ...] = (
 
 _SHORT = {"context_length": "ctx", "seed": "s", "lr": "lr", "global_batch": "b", "zero_stage": "zero"}
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,9 @@ def _load_file(file: Path, overrides: list[str]) -> list[Loaded]:
         _override(tree, text)
     _substitute_env(tree)
     sweep = tree.values.pop("sweep", None)
-    _resolve_paths(tree)
     tree.values.setdefault("name", file.stem)
     if sweep is None:
+        _resolve_paths(tree)
         return [Loaded(_validate(tree, file), file, file.parent.name)]
     return [
         Loaded(_validate(variant, file), file, file.parent.name, axes) for variant, axes in _grid(tree, sweep, file)
@@ -152,12 +152,19 @@ def _load_file(file: Path, overrides: list[str]) -> list[Loaded]:
 
 
 class _Loader(yaml.SafeLoader):
-    """safe_load, with YAML 1.2's floats: YAML 1.1 reads ``5e-4`` as a string."""
+    """safe_load, with YAML 1.2's numbers: 1.1 reads ``5e-4`` as a string, and the time limit ``12:00:00`` as 43200."""
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"^[-+]?\d[\d_]*$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+    _FLOAT,
+    re.compile(r"^[-+]?(\d[\d_]*(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
 )
 
 
@@ -179,7 +186,7 @@ def _read(file: Path, chain: tuple[Path, ...]) -> _Tree:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         raise ExperimentError([Mistake(f"{_shown(file)}:{line}", "", f"not valid YAML: {error.problem}")]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date, an alias of itself
         raise ExperimentError([Mistake(_shown(file), "", f"not valid YAML: {error}")]) from None
     finally:
         loader.dispose()
@@ -259,7 +266,7 @@ def _override(tree: _Tree, text: str) -> None:
     try:
         node = loader.get_single_node()
         parsed = None if node is None else _build(loader, node, path, Path("--set"), {})
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ExperimentError([Mistake("--set", key, f"{value!r} is not valid YAML")]) from None
     finally:
         loader.dispose()
@@ -319,9 +326,23 @@ def _substitute_env(tree: _Tree) -> None:
                 mistakes.append(Mistake(where, dotted, f"the environment variable {name} is not set"))
         if "${" in _ENV.sub("", value):
             mistakes.append(Mistake(where, dotted, f"{value!r}: the only substitution is ${{env:NAME}}"))
-        _set_leaf(tree.values, path, _ENV.sub(lambda m: os.environ.get(m[1], ""), value))
+        text = _ENV.sub(lambda m: os.environ.get(m[1], ""), value)
+        # `seed: ${env:SEED}` is a number if the variable holds one.
+        _set_leaf(tree.values, path, _scalar(text) if _ENV.fullmatch(value) else text)
     if mistakes:
         raise ExperimentError(mistakes)
+
+
+def _scalar(text: str) -> Any:
+    """A number, a bool or the text itself, as YAML would read it in the variable's place."""
+    loader = _Loader("")
+    try:
+        tag = loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        if tag not in (_INT, _FLOAT, "tag:yaml.org,2002:bool"):
+            return text
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    finally:
+        loader.dispose()
 
 
 def _resolve_paths(tree: _Tree) -> None:
@@ -357,6 +378,7 @@ def _grid(tree: _Tree, sweep: Any, file: Path) -> Iterator[tuple[_Tree, dict[str
         variant = _Tree(_copy(tree.values), dict(tree.origins))
         for key, value in axes.items():
             _put(variant, tuple(key.split(".")), value, tree.origin(("sweep", "grid", key), file))
+        _resolve_paths(variant)
         variant.values["name"] = prefix + "_".join(short_name(k, v) for k, v in axes.items())
         yield variant, axes
 

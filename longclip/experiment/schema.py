@@ -25,6 +25,8 @@ DEEPSPEED_OURS = {
     "scheduler": "train.schedule, train.warmup_steps",
     "bf16": "train.precision",
     "fp16": "train.precision",
+    "amp": "train.precision",
+    "torch_autocast": "train.precision",
     "activation_checkpointing": "engine.activation_checkpointing",
 }
 """Keys of a DeepSpeed configuration that experiment fields already decide."""

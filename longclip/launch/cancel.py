@@ -21,7 +21,10 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     Raises:
         SiteError: scancel failed; its own words.
     """
-    alive = [s.run for s in statuses(runs)[0] if s.state in ("queued", "running")]
+    known = statuses(runs)[0]
+    if unsure := [s for s in known if s.state == "unknown"]:
+        raise SiteError(f"{unsure[0].run.name}: {unsure[0].note}; nothing was cancelled")
+    alive = [s.run for s in known if s.state in ("queued", "running")]
     done = []
     slurm: list[str] = []
     for run in alive:
@@ -31,7 +34,7 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
         )
         if (last.submitted or {}).get("executor") in ("local", "debug"):
             with contextlib.suppress(ProcessLookupError):  # it ended by itself in this moment
-                os.kill(int(str(last.job)), signal.SIGTERM)
+                os.kill(int(str(last.job)), signal.SIGTERM)  # "running" was said by this machine's process table
             done.append((run.name, f"told process {last.job} to save and stop"))
         else:
             slurm.append(str(last.job))

@@ -9,9 +9,8 @@ from longclip.errors import LongclipError, UserError
 from longclip.experiment.load import load
 from longclip.launch import submit
 from longclip.launch.site import Site
-from longclip.launch.worker import stop_at_step_boundary, train_attempt
+from longclip.launch.worker import meet, stop_at_step_boundary, train_attempt
 from longclip.run.folder import RunFolder
-from longclip.train import ranks as processes
 
 
 def train_here(file: Path, overrides: list[str], site: Site) -> str:
@@ -20,7 +19,10 @@ def train_here(file: Path, overrides: list[str], site: Site) -> str:
     Raises:
         UserError: the file is a sweep, or its run is finished, queued or running.
     """
+    from longclip.train import ranks as processes
+
     stop_at_step_boundary(with_ctrl_c=True)
+    _ranks_of_srun(site.runs)
     ranks = processes.start()
     failure: LongclipError | None = None
     told: tuple[str, int] | None = None
@@ -33,6 +35,17 @@ def train_here(file: Path, overrides: list[str], site: Site) -> str:
     if told is None:
         raise failure or UserError("rank 0 could not begin; its message says why")
     return train_attempt(RunFolder(Path(told[0])), told[1], ranks)
+
+
+def _ranks_of_srun(runs: Path) -> None:
+    """srun says who is who in its own words, and only inside a step (SLURM_STEP_ID; a batch script has none)."""
+    env = os.environ
+    if "RANK" in env or "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
+        return
+    runs.mkdir(parents=True, exist_ok=True)
+    token = "-".join(env.get(k, "0") for k in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+    meet(runs / f".meeting-{token}.json", int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")))
 
 
 def _record(file: Path, overrides: list[str], site: Site) -> tuple[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from longclip.data.shards import Dataset, open_dataset
 from longclip.data.tokens import vocabulary_of
@@ -56,7 +57,7 @@ def resolve(experiment: Experiment, site: Site) -> Resolved:
             found.problems.append(error)
             found.pins[key] = f"unresolved:{reference}"
     try:
-        _check_text_tower(experiment, found.paths)
+        _check_towers(experiment, found.paths)
     except LongclipError as error:
         found.problems.append(error)
     return found
@@ -74,7 +75,10 @@ def _check_text(dataset: Dataset, experiment: Experiment, key: str) -> None:
     """The first sample has the text that the experiment wants: a misnamed field shows before the queue, not after."""
     name = experiment.data.text
     shard = next(i for i, size in enumerate(dataset.sizes) if size)
-    sample, text, fields = dataset.fields_and_text(shard, 0)
+    try:
+        sample, text, fields = dataset.fields_and_text(shard, 0)
+    except OSError as error:
+        raise SiteError(f"{dataset.folder}: cannot be read: {error}", f"longclip data index {dataset.folder}") from None
     value = text if name == "txt" else fields.get(name)
     if not isinstance(value, str) or not value.strip():
         strings = ", ".join(sorted(k for k, v in fields.items() if isinstance(v, str)))
@@ -115,12 +119,25 @@ def _tower(reference: str, site: Site) -> Path:
         ) from None
 
 
-def _check_text_tower(experiment: Experiment, paths: dict[str, str]) -> None:
-    """Window and vocabulary fit the text tower, as far as its config says."""
+def _tower_config(folder: Path, key: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """The config of a tower in a folder. Raises UserError where there is none, or of another kind of model."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {folder}/config.json cannot be read: {error}") from None
+    if config.get("model_type") not in known:
+        raise UserError(f"{key}: {folder} is a {config.get('model_type')!r} model; known here: {', '.join(known)}")
+    return config
+
+
+def _check_towers(experiment: Experiment, paths: dict[str, str]) -> None:
+    """The towers are of a known kind; window and vocabulary fit the text tower, as far as its config says."""
+    if folder := paths.get("model.image.tower"):
+        _tower_config(Path(folder), "model.image.tower", ("clip_vision_model", "clip", "vit"))
     text = experiment.model.text
     config = text.config
     if config is None and (folder := paths.get("model.text.tower")):
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = _tower_config(Path(folder), "model.text.tower", ("modernbert", "bert"))
     if config is None:
         return
     positions = config.get("max_position_embeddings")

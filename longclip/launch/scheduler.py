@@ -14,6 +14,20 @@ TIMEOUT = 20
 """seconds that squeue or sacct may take before it counts as down"""
 
 
+_OVER = (
+    "COMPLETED",
+    "FAILED",
+    "TIMEOUT",
+    "CANCELLED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "REVOKED",
+)
+
+
 @dataclass(frozen=True)
 class Word:
     """The scheduler's word on one job."""
@@ -25,7 +39,8 @@ class Word:
 
     @property
     def alive(self) -> bool:
-        return self.state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "SUSPENDED", "RESIZING")
+        # What is over is a short list; what Slurm calls the rest grows with its versions.
+        return self.state not in _OVER and self.state not in ("GONE", "UNKNOWN")
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ def have_slurm() -> bool:
 
 def _local(host: str, pid: str) -> Word:
     if host != socket.gethostname():
-        return Word("RUNNING", f"on {host}, which cannot be asked from here")
+        return Word("UNKNOWN", f"process {pid} on {host}, which cannot be asked from here")
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

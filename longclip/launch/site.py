@@ -82,7 +82,8 @@ def find_site(name: str | None, runs: Path | None = None) -> Site:
     site = Site() if name is None else _read(_file(name))
     if runs is not None:
         site = site.model_copy(update={"runs": runs})
-    return site.model_copy(update={"runs": Path(os.path.expandvars(site.runs)).expanduser()})
+    places = {"runs": site.runs, **({"cache": site.cache} if site.cache else {})}
+    return site.model_copy(update={k: Path(os.path.expandvars(p)).expanduser() for k, p in places.items()})
 
 
 def _file(name: str) -> Path:

@@ -16,6 +16,10 @@ CONTINUES = ("interrupted", "lost", "new", "rejected")
 """States from which submit continues a run without being told twice"""
 
 
+BEING_SUBMITTED = 300
+"""Seconds for which an attempt without a job id counts as being in sbatch's hands"""
+
+
 @dataclass(frozen=True)
 class Status:
     """One run as it stands."""
@@ -42,7 +46,7 @@ class Status:
 
 def statuses(runs: Sequence[RunFolder]) -> tuple[list[Status], Words]:
     """Status of every run, with one question to the scheduler for all of them."""
-    last = {run.name: attempts[-1] for run in runs if (attempts := attempts_of(run))}
+    last = {run.path: attempts[-1] for run in runs if (attempts := attempts_of(run))}
     open_ = [a for a in last.values() if a.ended is None and a.job]
     words = ask(
         [str(a.job) for a in open_ if (a.submitted or {}).get("executor", "slurm") == "slurm"],
@@ -61,8 +65,8 @@ def _status(run: RunFolder, words: Words) -> Status:
     state, note = state_of(run, words)
     losses, recalls = series(points, "train/loss"), series(points, "val/mean_recall_at_1")
     speeds = series(points, "speed/samples_per_second")
-    totals = (s["samples"] for a in reversed(attempts) if (s := a.submitted) and s.get("samples"))
-    total = next(totals, run.experiment().train.samples)
+    totals = [s["samples"] for a in reversed(attempts) if (s := a.submitted) and s.get("samples")]
+    total = totals[0] if totals else run.experiment().train.samples
     return Status(
         run,
         state,
@@ -100,7 +104,8 @@ def state_of(run: RunFolder, words: Words) -> tuple[str, str]:
             return ("cancelled", "by longclip cancel") if cancelled else ("interrupted", "stopped by a signal, saved")
         return verdict, str(last.ended.get("message", ""))
     if not last.job:
-        return "lost", "was never queued"
+        age = time.time() - float((last.submitted or {}).get("time", 0))
+        return ("queued", "being submitted") if age < BEING_SUBMITTED else ("lost", "was never queued")
     local = (last.submitted or {}).get("executor") in ("local", "debug")
     word = words.jobs.get(f"{host_of(last)}:{last.job}" if local else str(last.job), Word("UNKNOWN"))
     return _from_word(word, last, cancelled)
@@ -113,7 +118,7 @@ def _from_word(word: Word, last: Attempt, cancelled: bool) -> tuple[str, str]:
     if word.alive:
         return "running", f"{job}{' on ' + ','.join(n) if (n := (last.started or {}).get('nodes')) else ', starting'}"
     if word.state == "UNKNOWN":
-        return "unknown", f"{job}: the scheduler does not answer"
+        return "unknown", word.detail or f"{job}: the scheduler does not answer"
     if word.state == "CANCELLED" or cancelled:
         return "cancelled", f"{job} {word.detail}".strip()
     if word.state == "GONE":

@@ -33,7 +33,7 @@ from longclip.launch.site import Site
 from longclip.launch.snapshot import PACKAGE, code_hash, commit
 from longclip.launch.status import CONTINUES, statuses
 from longclip.run.attempts import Attempt, new_attempt
-from longclip.run.folder import RunFolder, dump_experiment, read_json, runs_of, write_json
+from longclip.run.folder import RunFolder, dump_experiment, read_json, runs_of, write_json, write_text
 
 SIGNAL_LEAD = 120
 """seconds before the time limit at which Slurm sends USR2; it may come up to 60 s early (sbatch(1), --signal)"""
@@ -113,6 +113,12 @@ def _nearest(run: RunFolder, facts: dict[str, Any], site: Site) -> str:
             best = (other, differs)
     if best is None or len(best[1]) > 3:
         return ""
+    if not best[1]:
+        raise UserError(
+            f"{run.name}: is the same experiment as {best[0].name}, under another name: nothing that decides the "
+            "weights differs",
+            f"name: {best[0].label}",
+        )
     what = ", ".join(f"{k} {_short(a)}->{_short(b)}" for k, (a, b) in best[1].items())
     return f"= {best[0].name} but {what}"
 
@@ -163,7 +169,8 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict
     if memory is not None:
         parameters["mem"] = f"{int(memory * 1024)}M"
     # --chdir: a package that lies in the folder of submission must not come before the installed one.
-    parameters["additional_parameters"] = {"chdir": str(run.path.resolve()), **site.sbatch}
+    # --no-requeue: continuing is by `longclip submit`; a job that Slurm starts again by itself would be a twin.
+    parameters["additional_parameters"] = {"chdir": str(run.path.resolve()), "no-requeue": True, **site.sbatch}
     return {k: v for k, v in parameters.items() if v is not None or k == "wckey"}
 
 
@@ -227,13 +234,13 @@ def test_only(script: str) -> str:
 
 
 def check_slurm(plans: Sequence[Plan], site: Site) -> None:
-    """Every job that would be queued is one that Slurm would take. Raises SiteError."""
+    """Every job of ``plans`` is one that Slurm would take. Raises SiteError."""
     if not have_slurm():
         raise SiteError(
             "there is no Slurm on this machine (no sbatch, no srun)", "submit on a login node, or add --on local"
         )
-    for script in dict.fromkeys(batch_script(p, site) for p in plans if p.queues):
-        test_only(script)
+    for plan in plans:
+        test_only(batch_script(plan, site))
 
 
 def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[Plan, str, submitit.Job[Any]]]:
@@ -250,14 +257,20 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
     for one in todo:
         one.run.create(one.experiment, one.identity, dict(one.axes))
     for one in todo:
+        # Hours may have passed since the plan was made, where runs are started one after the other.
+        if statuses([one.run])[0][0].state in ("queued", "running", "finished", "unknown"):
+            continue
         job = _queue(one, site, executor)
         yield one, str(job.job_id), job
 
 
 def record_attempt(plan: Plan, site: Site, executor: str, job: str | None = None) -> Attempt:
     """A new attempt of the plan's run, with all that its worker needs to know."""
-    attempt = new_attempt(plan.run)
-    (attempt.path / "experiment.yaml").write_text(dump_experiment(plan.experiment), encoding="utf-8")
+    try:
+        attempt = new_attempt(plan.run)
+        write_text(attempt.path / "experiment.yaml", dump_experiment(plan.experiment))
+    except OSError as error:
+        raise SiteError(f"{plan.run.path}: cannot be written: {error.strerror}") from None
     record = {
         "executor": executor,
         "job": job,
@@ -281,7 +294,8 @@ def _queue(plan: Plan, site: Site, kind: str) -> submitit.Job[Any]:
         attempt.end("rejected", 0, str(error).strip())
         words = str(error).strip().splitlines()
         raise SiteError(f"{plan.run.name}: could not be queued: {words[-1] if words else error!r}") from None
-    write_json(attempt.path / "submitted.json", {**read_json(attempt.path / "submitted.json"), "job": str(job.job_id)})
+    job_id = str(os.getpid()) if kind == "debug" else str(job.job_id)
+    write_json(attempt.path / "submitted.json", {**read_json(attempt.path / "submitted.json"), "job": job_id})
     return job
 
 

@@ -38,7 +38,7 @@ def run(folder: str, number: int) -> str:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
     record = RunFolder(Path(folder))
-    _set_ranks(record)
+    _set_ranks(record.attempts, number)
     try:
         return _train(record, number)
     except Superseded:
@@ -116,12 +116,8 @@ def _job_id() -> str:
         return f"pid-{os.getpid()}"
 
 
-def _set_ranks(record: RunFolder) -> None:
-    """RANK and its kin from the launcher: torchrun has set them; for submitit they are derived.
-
-    Rank 0 listens on a port that is free on its node and says so in the run folder; a port computed from the job id
-    may be taken.
-    """
+def _set_ranks(folder: Path, number: int) -> None:
+    """RANK and its kin: torchrun has set them; for submitit's jobs they are derived from its environment."""
     if "RANK" in os.environ:
         return
     from submitit import JobEnvironment
@@ -133,10 +129,21 @@ def _set_ranks(record: RunFolder) -> None:
     if "SUBMITIT_DEBUG_JOB_ID" in os.environ:
         return
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    place = record.attempts / f".meeting-{job.job_id}-{restart}.json"
-    if job.global_rank == 0:
-        local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
-        host = "127.0.0.1" if local else os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
+    place = folder / f".meeting-{number:04d}-{job.job_id}-{restart}.json"
+    meet(place, job.global_rank, job.num_tasks, job.local_rank, "127.0.0.1" if local else None)
+
+
+def meet(place: Path, rank: int, size: int, local_rank: int, host: str | None = None) -> None:
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, the last two by way of the shared file ``place``.
+
+    Rank 0 listens on a port that is free on its node and says so there; a port computed from the job id may be taken.
+
+    Raises:
+        SiteError: rank 0 does not say in time where it listens.
+    """
+    if rank == 0:
+        host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         with socket.socket() as probe:
             probe.bind(("", 0))
             write_json(place, {"host": host, "port": probe.getsockname()[1]})
@@ -148,9 +155,9 @@ def _set_ranks(record: RunFolder) -> None:
         time.sleep(0.2)
     meeting = read_json(place)
     os.environ.update(
-        RANK=str(job.global_rank),
-        WORLD_SIZE=str(job.num_tasks),
-        LOCAL_RANK=str(job.local_rank),
+        RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_RANK=str(local_rank),
         MASTER_ADDR=str(meeting["host"]),
         MASTER_PORT=str(meeting["port"]),
     )
@@ -165,8 +172,9 @@ def _note_failure(record: RunFolder, number: int) -> None:
     attempt = mine[-1]
     (attempt.path / f"error-{rank:04d}.txt").write_text(traceback.format_exc(), encoding="utf-8")
     if rank == 0 and attempt.ended is None:
-        last = traceback.format_exc().strip().splitlines()[-1]
-        attempt.end("crashed", _last_sample(attempt), last)
+        error = sys.exc_info()[1]
+        last = traceback.format_exception_only(error)[-1].strip()
+        attempt.end("crashed", _last_sample(attempt), error.message if isinstance(error, LongclipError) else last)
 
 
 def _last_sample(attempt: Attempt) -> int:

@@ -115,10 +115,11 @@ def claim(run: RunFolder, number: int, job: str, facts: dict[str, Any]) -> Attem
         handle = os.open(attempt.path / "started.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
         raise Superseded(f"{attempt.path}: claimed by another job in the same moment") from None
-    with os.fdopen(handle, "w", encoding="utf-8") as f:
+    with os.fdopen(handle, "w", encoding="utf-8") as f:  # after this a later attempt's start would fence this one
         json.dump({"job": job, "time": time.time(), **facts}, f)
         f.flush()
         os.fsync(f.fileno())
+    attempt.fence()
     return attempt
 
 

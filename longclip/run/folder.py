@@ -3,8 +3,10 @@
     <runs>/<sweep>/<name>-<uid>/
         identity.json          what decides the weights, and the uid
         experiment.yaml        the experiment as it was first submitted, resolved
-        attempts/0001/         one try: submitted.json, started.json, ended.json, experiment.yaml, journal.jsonl, logs/
-        checkpoints/           step-*/, latest (see train/checkpoint.py), best
+        attempts/0001/         one try: experiment.yaml, submitted.json, started.json (the claim), resumed.json,
+                               journal.jsonl, ended.json (the verdict), logs/; where it applies cancelled.json,
+                               error-<rank>.txt, bad-samples-<rank>.jsonl
+        checkpoints/           step-*/, latest (see train/checkpoint.py)
         evaluations/           scores of checkpoints on test sets
         mlflow.json            the MLflow run that stands for this run
 
@@ -83,7 +85,7 @@ class RunFolder:
                 return
             for folder in (self.attempts, self.checkpoints, self.evaluations):
                 folder.mkdir(exist_ok=True)
-            (self.path / "experiment.yaml").write_text(dump_experiment(experiment), encoding="utf-8")
+            write_text(self.path / "experiment.yaml", dump_experiment(experiment))
             write_json(self.path / "identity.json", {"uid": uid_of(identity), "identity": identity, "axes": axes})
         except OSError as error:
             raise SiteError(
@@ -123,8 +125,9 @@ def load_experiment(file: Path) -> Experiment:
 
 def runs_of(root: Path, sweep: str | None = None) -> Iterator[RunFolder]:
     """All run folders below ``root``, or those of one sweep, by name."""
-    for marker in sorted(root.glob(f"{sweep or '*'}/*/identity.json"), key=lambda p: natural(str(p))):
-        yield RunFolder(marker.parent)
+    for marker in sorted(root.glob("*/*/identity.json"), key=lambda p: natural(str(p))):
+        if sweep is None or marker.parent.parent.name == sweep:
+            yield RunFolder(marker.parent)
 
 
 def find_runs(root: Path, target: str) -> list[RunFolder]:
@@ -144,7 +147,7 @@ def find_runs(root: Path, target: str) -> list[RunFolder]:
         return found
     sweep, _, name = target.rpartition("/")
     found = [r for r in runs_of(root, sweep or None) if r.name == name or r.label == name]
-    found = found or [r for r in runs_of(root, sweep or None) if r.name.startswith(name)]
+    found = found or [r for r in runs_of(root, sweep or None) if name and r.name.startswith(name)]
     found = found or [r for r in runs_of(root) if target in job_ids(r)]
     if len(found) == 1:
         return found
@@ -163,10 +166,14 @@ def job_ids(run: RunFolder) -> list[str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes aside and renames: readers see the old file or the new one, never half."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes aside and renames, as :func:`write_json`."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with aside.open("w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, allow_nan=True)
-        f.write("\n")
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)

@@ -43,7 +43,7 @@ FLUSH_SECONDS = 2.0
 
 
 class Diverged(LongclipError):
-    """The loss is no longer a number."""
+    """The loss or its gradient is no longer a number."""
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,13 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
             if time.monotonic() - flushed_at > FLUSH_SECONDS:
                 journal.flush()
                 flushed_at = time.monotonic()
-        if not math.isfinite(mean_loss):
+        if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
+            # A step with such a gradient is skipped by ZeRO 1 to 3 and ruins the weights at stage 0; neither may pass.
             if journal:
                 journal.flush()
-            raise Diverged(f"the loss is {mean_loss} after {state['samples']:,} samples (step {state['step']})")
+            raise Diverged(
+                f"loss {mean_loss}, gradient norm {grad_norm} after {state['samples']:,} samples (step {state['step']})"
+            )
 
         improved = False
         if _crossed(evaluated, state["samples"], evaluate_every) or last:
@@ -265,7 +268,7 @@ def open_pinned(job: Job, key: str) -> Dataset:
         raise UserError(
             f"{key}: {job.paths[key]} is not the data that this run began with "
             f"(content {dataset.hash[:12]}, the run's is {pinned[:12]})",
-            "submit again: other data is another run",
+            "longclip submit: other data is another run",
         )
     return dataset
 
@@ -304,7 +307,7 @@ def _save_interval(experiment: Experiment, dataset: int) -> tuple[float | None, 
     number, unit = parse_interval(experiment.checkpoint.every, "every", ("min", "samples", "steps", "epoch"))
     if unit == "min":
         return None, number * 60
-    return interval_samples(f"{number} {unit}", dataset, experiment.train.global_batch), None
+    return interval_samples(experiment.checkpoint.every, dataset, experiment.train.global_batch), None
 
 
 def _crossed(before: int, now: int, every: float) -> bool:

@@ -185,6 +185,12 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         "bad.yaml:8: data.train: '${HOME}/train': the only substitution is ${env:NAME}",
     ),
     "broken YAML": (swap("data: {train: ./train", "data: {train: [./train"), "bad.yaml:8: not valid YAML: "),
+    "an impossible date": (swap("./train", "2024-13-45"), "bad.yaml: not valid YAML: month must be in 1..12"),
+    "an alias of itself": (swap("data: {", "data: &d {test: *d, "), "bad.yaml: not valid YAML: "),
+    "autocast by the back door": (
+        swap("zero_stage: 2", "zero_stage: 2\n  deepspeed: {torch_autocast: {enabled: true}}"),
+        "bad.yaml:16: engine.deepspeed.torch_autocast: is decided by train.precision",
+    ),
     "a list": (lambda _: "- a\n- b\n", "bad.yaml:1: an experiment is a mapping of keys to values"),
     "grid of nothing": (
         add("sweep: {grid: {train.lr: []}}\n"),

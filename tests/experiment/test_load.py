@@ -55,6 +55,26 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert one(tmp_path, GOOD.replace("./train", "'${env:SHARDS}/train-*.tar'")).data.train == "/big/disk/train-*.tar"
 
 
+def test_a_variable_may_hold_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEED", "7")
+    monkeypatch.setenv("TOKENIZER_DIR", "/tok")
+    text = GOOD.replace("lr: 5e-4", "lr: 5e-4\n  seed: ${env:SEED}").replace("./tok", "${env:TOKENIZER_DIR}")
+    experiment = one(tmp_path, text)
+    assert experiment.train.seed == 7 and experiment.model.text.tokenizer == "/tok"
+
+
+def test_times_and_numbers_are_read_as_typed(tmp_path: Path) -> None:
+    """YAML 1.1 would read 12:00:00 as 43200 and 5e-4 as a string."""
+    assert one(tmp_path, GOOD + "  time: 12:00:00\n").slurm.time == "12:00:00"
+    assert one(tmp_path, overrides=["slurm.time=1-00:00:00", "train.lr=3e-4"]).train.lr == 3e-4
+    assert one(tmp_path, overrides=["train.samples=1_000_000"]).train.samples == 1_000_000
+
+
+def test_paths_in_a_sweep_are_paths(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text(GOOD + "sweep: {grid: {data.train: [./a, ./b]}}\n")
+    assert [one.experiment.data.train for one in load([tmp_path / "g.yaml"])] == [str(tmp_path / x) for x in "ab"]
+
+
 @given(st.floats(min_value=1e-7, max_value=10, allow_nan=False))
 def test_short_names_of_rates_read_back(value: float) -> None:
     rounded = float(f"{value:.3g}")
