@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder, runs_of
-from tests.launch.small import curve, longclip, make_sweep, the_run
+from tests.launch.small import curve, environment, longclip, make_sweep, the_run
 from tests.slurm.conftest import Cluster
 
 WINDOWS = (4, 5, 6, 9)
@@ -78,6 +80,16 @@ def test_the_local_executor_gives_the_same_losses(sweep: Path, runs: Path) -> No
     local = sweep.parent / "local"
     longclip("submit", sweep / "ctx6.yaml", "--on", "local", "--runs", local, cwd=sweep.parent)
     assert curve(the_run(local, "ctx6")) == curve(the_run(runs, "ctx6"))
+
+
+def test_under_plain_srun(sweep: Path, runs: Path) -> None:
+    """``srun -N2 longclip train FILE``: no Submitit, no torchrun; two nodes meet, and the losses are the job's."""
+    direct = sweep.parent / "srun"
+    command = ["srun", "--nodes=2", "--ntasks=2", "--mem=2500M", "--kill-on-bad-exit=1", sys.executable, "-m"]
+    command += ["longclip.cli", "train", str(sweep / "ctx6.yaml"), "--runs", str(direct)]
+    done = subprocess.run(command, cwd=sweep.parent, capture_output=True, text=True, timeout=240, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert curve(the_run(direct, "ctx6")) == curve(the_run(runs, "ctx6"))
 
 
 def test_status_logs_and_cancel(sweep: Path, cluster: Cluster, tmp_path: Path) -> None:
