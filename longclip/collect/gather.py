@@ -54,7 +54,7 @@ class Row:
     """of these, spent on samples that a later attempt computed once more, or on starts that came to nothing"""
     on_gpu: bool
     samples_to: int | None = None
-    """samples at which validation first reached the best of the ``baseline``"""
+    """samples at which validation first crossed the best of the ``baseline``, between evaluations on a straight line"""
     baseline: str | None = None
     """the finished run of this sweep with the smallest window, and all other axes equal"""
 
@@ -175,8 +175,19 @@ def _against(row: Row, baseline: Row | None) -> Row:
     if baseline is None or baseline.best is None:
         return row
     goal = baseline.best
-    reached = next((samples for samples, value in row.val if value >= goal), None)
-    return Row(**{**vars(row), "samples_to": reached, "baseline": baseline.name})
+    return Row(**{**vars(row), "samples_to": _reaches(row.val, goal), "baseline": baseline.name})
+
+
+def _reaches(curve: Sequence[tuple[int, float]], goal: float) -> int | None:
+    """Samples at which ``curve`` first crosses ``goal``, on the straight line between two evaluations."""
+    before: tuple[int, float] | None = None
+    for samples, value in curve:
+        if value >= goal:
+            if before is None:
+                return samples
+            return round(before[0] + (samples - before[0]) * (goal - before[1]) / (value - before[1]))
+        before = samples, value
+    return None
 
 
 # ---- what makes rows not comparable ------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.identity import differences, identity, uid
 from longclip.experiment.load import Loaded
 from longclip.experiment.schema import Experiment, parse_time
-from longclip.launch import worker
+from longclip.launch import restart, worker
 from longclip.launch.resolve import Resolved, resolve
 from longclip.launch.scheduler import have_slurm
 from longclip.launch.site import Site
@@ -34,9 +35,15 @@ from longclip.launch.snapshot import PACKAGE, code_hash, commit
 from longclip.launch.status import CONTINUES, statuses
 from longclip.run.attempts import Attempt, new_attempt
 from longclip.run.folder import RunFolder, dump_experiment, read_json, runs_of, write_json, write_text
+from longclip.run.journal import SAVE_SECONDS, effective, series
+from longclip.track.lease import Lease
 
-SIGNAL_LEAD = 120
-"""seconds before the time limit at which Slurm sends USR2; it may come up to 60 s early (sbatch(1), --signal)"""
+LIMITS = ("MaxSubmit", "MaxJobs", "GrpSubmit", "job submit limit", "AssocGrp", "QOSMax")
+"""In sbatch's words: this user has as many jobs in the queue as may be"""
+
+
+class QueueFull(SiteError):
+    """The site takes no more jobs now; what was queued stays, the rest waits for the next submit."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +89,28 @@ def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan
         if run.exists():
             run.check(facts)
             existing.append(run)
-    states = {s.run.path: s for s in statuses(existing)[0]}
+    known, words = statuses(existing)
+    states = {s.run.path: s for s in known}
     plans = []
     for one, resolved, facts, run in drafts:
         if run.path not in states:
             action, why = "new", _nearest(run, facts, site)
         else:
             state = states[run.path]
-            action, why = _decide(state.state, state.note, state.samples, retry)
+            action, why = _decide(state.state, state.note, state.samples, retry and words.complete)
         plans.append(Plan(one.experiment, one.axes, resolved, facts, run, action, why))
     return plans
 
 
 def _decide(state: str, note: str, samples: int, retry: bool) -> tuple[str, str]:
-    if state in CONTINUES or (retry and state in ("crashed", "diverged", "cancelled")):
-        return "resume", f"{state} at {samples:,} samples ({note})" if note else f"at {samples:,} samples"
+    if state == "waiting":
+        return "new", "was not queued yet"
     if state in ("finished", "queued", "running"):
         return "left alone", f"{state} ({note})"
     if state == "unknown":
         return "left alone", note
+    if state in CONTINUES or retry:
+        return "resume", f"{state} at {samples:,} samples ({note})" if note else f"{state} at {samples:,} samples"
     return "left alone", f"{state}: {note}; longclip retry continues it"
 
 
@@ -150,7 +160,7 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict
         "account": site.account,
         "qos": site.qos,
         "cpus_per_task": cpus,
-        "signal_delay_s": SIGNAL_LEAD,
+        "signal_delay_s": restart.lead(parse_time(ask.time), save_seconds(run)),
         "stderr_to_stdout": True,
         # One rank that dies takes the others with it, instead of leaving them in a collective that never ends.
         "srun_args": ["--kill-on-bad-exit=1"],
@@ -168,10 +178,38 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict
     memory = ask.mem_gb or site.mem_gb
     if memory is not None:
         parameters["mem"] = f"{int(memory * 1024)}M"
-    # --chdir: a package that lies in the folder of submission must not come before the installed one.
-    # --no-requeue: continuing is by `longclip submit`; a job that Slurm starts again by itself would be a twin.
-    parameters["additional_parameters"] = {"chdir": str(run.path.resolve()), "no-requeue": True, **site.sbatch}
+    # --chdir: a package that lies in the folder of submission must not come before the installed one; the batch script
+    # finds the run's marks there, and status finds a job by it whose id nobody could record.
+    again = site.restart == "requeue"
+    parameters["additional_parameters"] = {
+        "chdir": str(run.path.resolve()),
+        "requeue" if again else "no-requeue": True,
+        **site.sbatch,
+    }
+    if again:
+        parameters["setup"] = [*restart.before(), *parameters["setup"]]
+        parameters["teardown"] = restart.after()
     return {k: v for k, v in parameters.items() if v is not None or k == "wckey"}
+
+
+def save_seconds(run: RunFolder) -> float | None:
+    """The longest that a save of this run has taken, by its journal; None before the first."""
+    if not run.exists():
+        return None
+    return max((seconds for _, seconds in series(effective(run), SAVE_SECONDS)), default=None)
+
+
+def warnings(plans: Sequence[Plan], site: Site) -> list[str]:
+    """What a submit should know and is no obstacle."""
+    found = []
+    for plan in plans:
+        taken = save_seconds(plan.run) if plan.queues else None
+        if taken is not None and site.grace_s is not None and taken > site.grace_s:
+            found.append(
+                f"{plan.run.name}: a save takes {taken:.0f} s, preemption leaves {site.grace_s} s: the loss is "
+                f"bounded by checkpoint.every = {plan.experiment.checkpoint.every}"
+            )
+    return found
 
 
 def _setup(site: Site, cpus: int | None) -> list[str]:
@@ -247,6 +285,7 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
     """Queues the planned jobs one by one, yielding each with its id.
 
     Raises:
+        QueueFull: the site takes no more; those that were yielded are queued, the others wait.
         LongclipError: something stands in the way; nothing has been queued.
     """
     for problem in problems(plans):
@@ -257,10 +296,12 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
     for one in todo:
         one.run.create(one.experiment, one.identity, dict(one.axes))
     for one in todo:
-        # Hours may have passed since the plan was made, where runs are started one after the other.
-        if statuses([one.run])[0][0].state in ("queued", "running", "finished", "unknown"):
-            continue
-        job = _queue(one, site, executor)
+        # Of two people who submit the same run at once, the second finds the first one's job.
+        with Lease(one.run.attempts / ".submit.lock"):
+            # Hours may have passed since the plan was made, where runs are started one after the other.
+            if statuses([one.run])[0][0].state in ("queued", "running", "finished", "unknown"):
+                continue
+            job = _queue(one, site, executor)
         yield one, str(job.job_id), job
 
 
@@ -275,6 +316,8 @@ def record_attempt(plan: Plan, site: Site, executor: str, job: str | None = None
         "executor": executor,
         "job": job,
         "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "uid": os.getuid(),
         "site": site.name,
         "paths": plan.resolved.paths,
         "samples": plan.resolved.samples,
@@ -290,19 +333,44 @@ def _queue(plan: Plan, site: Site, kind: str) -> submitit.Job[Any]:
     attempt = record_attempt(plan, site, kind)
     try:
         job = _start(plan.experiment, plan.run, attempt, site, kind)
+        record = {
+            **read_json(attempt.path / "submitted.json"),
+            "job": str(os.getpid()) if kind == "debug" else str(job.job_id),
+        }
+        write_json(attempt.path / "submitted.json", record)
+        if kind == "slurm" and site.restart == "chain":
+            record["links"] = []
+            for _ in range(site.links):
+                before = (record["links"] or [record["job"]])[-1]
+                link = _start(plan.experiment, plan.run, attempt, site, kind, after=before)
+                record["links"].append(str(link.job_id))
+                write_json(attempt.path / "submitted.json", record)
     except Exception as error:
-        attempt.end("rejected", 0, str(error).strip())
-        words = str(error).strip().splitlines()
-        raise SiteError(f"{plan.run.name}: could not be queued: {words[-1] if words else error!r}") from None
-    job_id = str(os.getpid()) if kind == "debug" else str(job.job_id)
-    write_json(attempt.path / "submitted.json", {**read_json(attempt.path / "submitted.json"), "job": job_id})
+        words = str(error).strip().splitlines() or [repr(error)]
+        full = any(sign in str(error) for sign in LIMITS)
+        if read_json(attempt.path / "submitted.json")["job"] is None:
+            if full:  # as if it had not been tried
+                shutil.rmtree(attempt.path)
+            else:
+                attempt.end("rejected", 0, str(error).strip())
+        elif full:  # the job itself is queued, with fewer links than there could be
+            return job
+        if full:
+            raise QueueFull(f"{plan.run.name}: the queue is full: {words[-1]}") from None
+        raise SiteError(f"{plan.run.name}: could not be queued: {words[-1]}") from None
     return job
 
 
-def _start(experiment: Experiment, run: RunFolder, attempt: Attempt, site: Site, kind: str) -> submitit.Job[Any]:
+def _start(
+    experiment: Experiment, run: RunFolder, attempt: Attempt, site: Site, kind: str, after: str | None = None
+) -> submitit.Job[Any]:
+    """``after``: the job whose end this one waits for, however it ends."""
     arguments = (str(run.path.resolve()), attempt.number)
     if kind == "slurm":
-        return _slurm_executor(experiment, run, site, attempt.logs).submit(worker.run, *arguments)
+        executor = _slurm_executor(experiment, run, site, attempt.logs)
+        if after is not None:
+            executor.update_parameters(dependency=f"afterany:{after}")
+        return executor.submit(worker.run, *arguments)
     if kind == "debug":
         return submitit.DebugExecutor(folder=attempt.logs.resolve()).submit(worker.run, *arguments)
     local = submitit.LocalExecutor(folder=attempt.logs.resolve(), python=site.python)
