@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from longclip import __version__
 from longclip.errors import LongclipError, SiteError
-from longclip.launch.snapshot import code_hash
+from longclip.launch.snapshot import OtherCode, check_imported, code_hash
 from longclip.run.attempts import Attempt, Superseded, attempts_of, claim
 from longclip.run.folder import RunFolder, load_experiment, read_json, write_json
 
@@ -40,6 +40,7 @@ def run(folder: str, number: int) -> str:
     record = RunFolder(Path(folder))
     _set_ranks(record.attempts, number)
     try:
+        check_imported(record.path, read_json(record.attempts / f"{number:04d}" / "submitted.json"))
         return _train(record, number)
     except Superseded:
         raise
@@ -174,7 +175,8 @@ def _note_failure(record: RunFolder, number: int) -> None:
     if rank == 0 and attempt.ended is None:
         error = sys.exc_info()[1]
         last = traceback.format_exception_only(error)[-1].strip()
-        attempt.end("crashed", _last_sample(attempt), error.message if isinstance(error, LongclipError) else last)
+        verdict = "rejected" if isinstance(error, OtherCode) else "crashed"  # it never began: submit may try again
+        attempt.end(verdict, _last_sample(attempt), error.message if isinstance(error, LongclipError) else last)
 
 
 def _last_sample(attempt: Attempt) -> int:
