@@ -53,6 +53,8 @@ class Row:
     hours_lost: float
     """of these, spent on samples that a later attempt computed once more, or on starts that came to nothing"""
     on_gpu: bool
+    codes: tuple[str, ...]
+    """hashes of the code that computed what counts, oldest first; more than one if it changed between attempts"""
     samples_to: int | None = None
     """samples at which validation first crossed the best of the ``baseline``, between evaluations on a straight line"""
     baseline: str | None = None
@@ -86,7 +88,7 @@ def gather(runs: Sequence[RunFolder]) -> list[Row]:
 
 def differences(rows: Sequence[Row]) -> list[str]:
     """Warnings: what differs between rows of a sweep and was not declared, what is unfinished or unequal."""
-    return [*_undeclared(rows), *_unfinished(rows), *_unequal(rows)]
+    return [*_undeclared(rows), *_mixed_code(rows), *_unfinished(rows), *_unequal(rows)]
 
 
 # ---- one row -----------------------------------------------------------------------------------------------------
@@ -126,6 +128,7 @@ def _row(run: RunFolder, name: str) -> Row:
         hours=hours,
         hours_lost=lost,
         on_gpu=any("cuda" in str((a.started or {}).get("device")) for a in attempts),
+        codes=_codes(attempts),
     )
 
 
@@ -154,6 +157,17 @@ def rank_hours(attempts: Sequence[Attempt]) -> tuple[float, float]:
         if attempt.resumed_at is not None:
             cut = min(cut, attempt.resumed_at)
     return total / 3600, lost / 3600
+
+
+def _codes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
+    """Without the attempts of which nothing was left: before training began, or computed once more from its start."""
+    codes: list[str] = []
+    cut = float("inf")
+    for attempt in reversed(attempts):
+        if attempt.resumed_at is not None and attempt.resumed_at < cut:
+            cut = attempt.resumed_at
+            codes.append(str((attempt.started or {}).get("code")))
+    return tuple(dict.fromkeys(reversed(codes)))
 
 
 def _useful_until(points: Sequence[Point], cut: float, begin: float, finish: float, ended: Mapping[str, Any]) -> float:
@@ -211,6 +225,22 @@ def _undeclared(rows: Sequence[Row]) -> list[str]:
                 for name, value in values.items()
                 if repr(value) != usual
             ]
+    return found
+
+
+def _mixed_code(rows: Sequence[Row]) -> list[str]:
+    found = []
+    for sweep in dict.fromkeys(r.run.sweep for r in rows):
+        codes = {r.name: " then ".join(r.codes) for r in rows if r.run.sweep == sweep and r.codes}
+        if len({code for r in rows if r.run.sweep == sweep for code in r.codes}) <= 1:
+            continue
+        usual = Counter(codes.values()).most_common(1)[0][0]
+        others = [f"{name} {code}" for name, code in codes.items() if code != usual]
+        rest = f"elsewhere {usual}" if others else f"{', '.join(codes)} {usual}"
+        found.append(
+            f"{sweep}: trained by more than one state of the code: {', '.join([*others, rest])}; "
+            f"what changed is not declared (diff -r shows it, in {sweep}/code)"
+        )
     return found
 
 

@@ -31,7 +31,7 @@ from longclip.launch import restart, worker
 from longclip.launch.resolve import Resolved, resolve
 from longclip.launch.scheduler import have_slurm
 from longclip.launch.site import Site
-from longclip.launch.snapshot import PACKAGE, code_hash, commit
+from longclip.launch.snapshot import Code, Snapshot, code_hash, freeze, place
 from longclip.launch.status import CONTINUES, statuses
 from longclip.run.attempts import Attempt, new_attempt
 from longclip.run.folder import RunFolder, dump_experiment, read_json, runs_of, write_json, write_text
@@ -147,8 +147,8 @@ def problems(plans: Sequence[Plan]) -> list[LongclipError]:
 # ---- jobs --------------------------------------------------------------------------------------------------------
 
 
-def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict[str, Any]:
-    """The job's submitit parameters."""
+def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: Path) -> dict[str, Any]:
+    """The job's submitit parameters; ``code`` is the snapshot that it imports."""
     ask = experiment.slurm
     cpus = ask.cpus_per_task or site.cpus_per_task
     parameters: dict[str, Any] = {
@@ -164,7 +164,7 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict
         "stderr_to_stdout": True,
         # One rank that dies takes the others with it, instead of leaving them in a collective that never ends.
         "srun_args": ["--kill-on-bad-exit=1"],
-        "setup": _setup(site, cpus),
+        "setup": _setup(site, cpus, code),
         "wckey": None,
     }
     if ask.gpus_per_node:
@@ -212,9 +212,11 @@ def warnings(plans: Sequence[Plan], site: Site) -> list[str]:
     return found
 
 
-def _setup(site: Site, cpus: int | None) -> list[str]:
+def _setup(site: Site, cpus: int | None, code: Path) -> list[str]:
     lines = list(site.setup)
     lines += [f"export {name}={shlex.quote(value)}" for name, value in {**worker_env(cpus), **site.env}.items()]
+    # First, and after all that a module or the site may have put there; PYTHONSAFEPATH keeps the current folder out.
+    lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     if cpus is not None:
         # Since Slurm 22.05 srun gives a task one CPU, whatever the job has, unless told so.
         lines.append(f"export SRUN_CPUS_PER_TASK={cpus}")
@@ -223,32 +225,34 @@ def _setup(site: Site, cpus: int | None) -> list[str]:
 
 def worker_env(cpus: int | None) -> dict[str, str]:
     """Environment of every worker: no hub, no stray imports, one thread a CPU."""
-    env = {
+    return {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(cpus or 1),
     }
-    if "site-packages" not in PACKAGE.parts:
-        env["PYTHONPATH"] = str(PACKAGE.parent)
-    return env
 
 
 def batch_script(plan: Plan, site: Site) -> str:
     """The batch script that submit would hand to sbatch, as it is."""
-    executor = _slurm_executor(plan.experiment, plan.run, site, Path(plan.run.path) / "attempts" / "NNNN" / "logs")
+    logs = plan.run.attempts / "NNNN" / "logs"
+    executor = _slurm_executor(
+        plan.experiment, plan.run, site, logs, place(plan.run.path.resolve().parent, code_hash())
+    )
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
     return text
 
 
-def _slurm_executor(experiment: Experiment, run: RunFolder, site: Site, logs: Path) -> submitit.SlurmExecutor:
+def _slurm_executor(
+    experiment: Experiment, run: RunFolder, site: Site, logs: Path, code: Path
+) -> submitit.SlurmExecutor:
     if have_slurm():
         executor = submitit.SlurmExecutor(folder=logs.resolve(), python=site.python)
     else:  # a dry run on a machine without Slurm: only the text is wanted, and the constructor insists on srun
         executor = submitit.SlurmExecutor.__new__(submitit.SlurmExecutor)
         submitit.core.core.PicklingExecutor.__init__(executor, folder=logs.resolve())
         executor.python = site.python or shlex.quote(sys.executable)
-    executor.update_parameters(**slurm_parameters(experiment, run, site))
+    executor.update_parameters(**slurm_parameters(experiment, run, site, code))
     return executor
 
 
@@ -295,17 +299,19 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
         check_slurm(todo, site)
     for one in todo:
         one.run.create(one.experiment, one.identity, dict(one.axes))
+    # Before the first starts: where runs go one after the other, the source may be edited before the last does.
+    codes = {sweep: freeze(sweep) for sweep in {one.run.path.resolve().parent for one in todo}}
     for one in todo:
         # Of two people who submit the same run at once, the second finds the first one's job.
         with Lease(one.run.attempts / ".submit.lock"):
             # Hours may have passed since the plan was made, where runs are started one after the other.
             if statuses([one.run])[0][0].state in ("queued", "running", "finished", "unknown"):
                 continue
-            job = _queue(one, site, executor)
+            job = _queue(one, site, executor, codes[one.run.path.resolve().parent])
         yield one, str(job.job_id), job
 
 
-def record_attempt(plan: Plan, site: Site, executor: str, job: str | None = None) -> Attempt:
+def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str | None = None) -> Attempt:
     """A new attempt of the plan's run, with all that its worker needs to know."""
     try:
         attempt = new_attempt(plan.run)
@@ -321,18 +327,17 @@ def record_attempt(plan: Plan, site: Site, executor: str, job: str | None = None
         "site": site.name,
         "paths": plan.resolved.paths,
         "samples": plan.resolved.samples,
-        "code": code_hash(),
-        "commit": commit(),
+        **code.as_record(),
         "time": time.time(),
     }
     write_json(attempt.path / "submitted.json", record)
     return attempt
 
 
-def _queue(plan: Plan, site: Site, kind: str) -> submitit.Job[Any]:
-    attempt = record_attempt(plan, site, kind)
+def _queue(plan: Plan, site: Site, kind: str, code: Snapshot) -> submitit.Job[Any]:
+    attempt = record_attempt(plan, site, kind, code)
     try:
-        job = _start(plan.experiment, plan.run, attempt, site, kind)
+        job = _start(plan.experiment, plan.run, attempt, site, kind, code)
         record = {
             **read_json(attempt.path / "submitted.json"),
             "job": str(os.getpid()) if kind == "debug" else str(job.job_id),
@@ -342,7 +347,7 @@ def _queue(plan: Plan, site: Site, kind: str) -> submitit.Job[Any]:
             record["links"] = []
             for _ in range(site.links):
                 before = (record["links"] or [record["job"]])[-1]
-                link = _start(plan.experiment, plan.run, attempt, site, kind, after=before)
+                link = _start(plan.experiment, plan.run, attempt, site, kind, code, after=before)
                 record["links"].append(str(link.job_id))
                 write_json(attempt.path / "submitted.json", record)
     except Exception as error:
@@ -362,12 +367,18 @@ def _queue(plan: Plan, site: Site, kind: str) -> submitit.Job[Any]:
 
 
 def _start(
-    experiment: Experiment, run: RunFolder, attempt: Attempt, site: Site, kind: str, after: str | None = None
+    experiment: Experiment,
+    run: RunFolder,
+    attempt: Attempt,
+    site: Site,
+    kind: str,
+    code: Snapshot,
+    after: str | None = None,
 ) -> submitit.Job[Any]:
     """``after``: the job whose end this one waits for, however it ends."""
     arguments = (str(run.path.resolve()), attempt.number)
     if kind == "slurm":
-        executor = _slurm_executor(experiment, run, site, attempt.logs)
+        executor = _slurm_executor(experiment, run, site, attempt.logs, code.folder)
         if after is not None:
             executor.update_parameters(dependency=f"afterany:{after}")
         return executor.submit(worker.run, *arguments)
@@ -380,7 +391,10 @@ def _start(
         timeout_min=60 * 24 * 365,
         stderr_to_stdout=True,
     )
-    with _environment({**worker_env(experiment.slurm.cpus_per_task), **site.env}), _ctrl_c_stays_here():
+    env = {**worker_env(experiment.slurm.cpus_per_task), **site.env}
+    behind = {**os.environ, **env}.get("PYTHONPATH")
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code.folder), behind)))
+    with _environment(env), _ctrl_c_stays_here():
         return local.submit(worker.run, *arguments)
 
 

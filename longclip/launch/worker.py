@@ -20,7 +20,7 @@ from longclip import __version__
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.schema import parse_time
 from longclip.launch import restart
-from longclip.launch.snapshot import code_hash
+from longclip.launch.snapshot import OtherCode, check_imported, code_hash
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, Superseded, claim
 from longclip.run.folder import RunFolder, load_experiment, read_json, write_json
 from longclip.run.verdicts import stays
@@ -64,6 +64,7 @@ def run(folder: str, number: int) -> str:
     record = RunFolder(Path(folder))
     try:
         _set_ranks(record.attempts, number)
+        check_imported(record.path, read_json(record.attempts / f"{number:04d}" / "submitted.json"))
         verdict = _train(record, number)
     except Leave as reason:
         restart.not_again(record, _job_id())
@@ -266,6 +267,8 @@ def kind_of(error: BaseException) -> tuple[str, str]:
     names = {cls.__name__ for cls in type(error).__mro__}
     if isinstance(error, Diverged):
         return "diverged", message
+    if isinstance(error, OtherCode):
+        return "rejected", message  # it never began: submit may try again
     if isinstance(error, UserError):
         return "bad input", message
     if "NoSpace" in names or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
