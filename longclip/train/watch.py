@@ -136,15 +136,15 @@ class Watch:
         except OSError as problem:  # no answer can be given or heard: blame nobody
             faulthandler.dump_traceback(sys.stderr)
             self._leave(f"no sign of life for {silent:.0f} s; stacks are in the log of each rank ({problem.strerror})")
-        if self._beaten(beats):
-            stacks.unlink(missing_ok=True)
-            faulthandler.cancel_dump_traceback_later()
-            return
-        answers = {**self._answers(), self._rank: mine}
-        if min(answers) == self._rank and not self._ended():
-            self._leave(self._verdict(answers, silent))
-        self._beaten(beats, or_ended=True)  # leaving first would end the launcher's patience with the one that writes
-        os._exit(HUNG_EXIT_CODE)
+        if not self._beaten(beats):
+            answers = {**self._answers(), self._rank: mine}
+            if min(answers) == self._rank and not self._ended():
+                self._leave(self._verdict(answers, silent))
+            # The launcher kills all when one has left, so those that leave wait for the one that writes the verdict.
+            if not self._beaten(beats, unless_ended=True):
+                os._exit(HUNG_EXIT_CODE)
+        stacks.unlink(missing_ok=True)
+        faulthandler.cancel_dump_traceback_later()
 
     def _leave(self, verdict: str) -> NoReturn:
         try:
@@ -172,13 +172,13 @@ class Watch:
                     found[int(Path(name).stem[7:])] = f.readline().partition(" waits in ")[2].strip()
         return found
 
-    def _beaten(self, beats: int, or_ended: bool = False) -> bool:
-        """Whether a beat comes within the time that others are given to answer."""
+    def _beaten(self, beats: int, unless_ended: bool = False) -> bool:
+        """Whether a beat comes within the time that others are given to answer, or before the verdict."""
         for _ in range(round(min(10.0, self._floor) / self._tick)):  # counted in waking time, as silence is
             time.sleep(self._tick)
             if self._beats != beats:
                 return True
-            if or_ended and self._ended():
+            if unless_ended and self._ended():
                 break
         return False
 

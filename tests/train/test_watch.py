@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from longclip.run.attempts import Attempt
 from longclip.run.folder import read_json
 from longclip.train.watch import HUNG_EXIT_CODE
 
@@ -27,13 +26,13 @@ PATIENCE = 90.0
 class Group:
     """Ranks under way in an attempt's folder."""
 
-    def __init__(self, folder: Path, process: subprocess.Popen[str]) -> None:
-        self.folder, self.process = folder, process
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def until(self, what: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not what():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log()
+            assert time.monotonic() < deadline, (self.folder / "log.txt").read_text()
             time.sleep(0.05)
 
     def who(self) -> list[tuple[int, str, int]]:
@@ -52,44 +51,43 @@ class Group:
     def stacks(self) -> set[str]:
         return {path.name for path in self.folder.glob("stacks-*")}
 
-    def enough(self) -> None:
-        (self.folder / "enough").touch()
+    def ended(self) -> dict[str, Any]:
+        self.until((self.folder / "ended.json").exists)
+        return read_json(self.folder / "ended.json")
 
     def codes(self) -> list[int]:
-        assert self.process.wait(PATIENCE) == 0, self.log()
-        assert self.process.stdout is not None
-        return list(json.loads(self.process.stdout.read()))
+        """Exit codes, once all have left."""
+        self.until((self.folder / "codes.json").exists)
+        return list(read_json(self.folder / "codes.json")["codes"])
 
-    def log(self) -> str:
-        return (self.folder / "log.txt").read_text()
+    def finish(self) -> None:
+        (self.folder / "enough").touch()
+        assert set(self.codes()) == {0}
+        assert self.ended()["verdict"] == "finished"
+
+
+@pytest.fixture(scope="module")
+def groups() -> Iterator[subprocess.Popen[str]]:
+    """A process that makes groups of ranks; it has imported torch once for all of them."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    command = [sys.executable, str(HERE / "watch_worker.py")]
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    yield process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Group]]:
-    groups: list[Group] = []
-
+def start(tmp_path: Path, groups: subprocess.Popen[str]) -> Callable[..., Group]:
     def begin(ranks: int, **asked: Any) -> Group:
         folder = tmp_path / "attempts" / "0002"
         folder.mkdir(parents=True)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-        arguments = json.dumps({"folder": str(folder), "ranks": ranks, "floor": FLOOR, **asked})
-        with (folder / "log.txt").open("w") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(HERE / "watch_worker.py"), arguments],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-            )
-        groups.append(Group(folder, process))
-        return groups[-1]
+        assert groups.stdin is not None
+        groups.stdin.write(json.dumps({"folder": str(folder), "ranks": ranks, "floor": FLOOR, **asked}) + "\n")
+        groups.stdin.flush()
+        return Group(folder)
 
-    yield begin
-    for group in groups:
-        if group.process.poll() is None:
-            os.killpg(group.process.pid, signal.SIGKILL)
-            group.process.wait()
+    return begin
 
 
 def test_a_stopped_rank_is_named_and_does_no_harm_when_it_wakes(start: Callable[..., Group]) -> None:
@@ -97,9 +95,7 @@ def test_a_stopped_rank_is_named_and_does_no_harm_when_it_wakes(start: Callable[
     group.under_way()
     _, node, pid = group.who()[1]
     os.kill(pid, signal.SIGSTOP)
-    group.until((group.folder / "ended.json").exists)
-    ended = Attempt(group.folder).ended
-    assert ended is not None
+    ended = group.ended()
     samples = ended["samples"]
     assert ended["verdict"] == "hung"
     assert ended["message"] == (
@@ -118,15 +114,14 @@ def test_a_stopped_rank_is_named_and_does_no_harm_when_it_wakes(start: Callable[
     assert codes[0] == codes[2] == HUNG_EXIT_CODE
     assert codes[1] not in (0, HUNG_EXIT_CODE)
     assert group.stacks() == {"stacks-0000.txt", "stacks-0002.txt"}
-    assert Attempt(group.folder).ended == ended
+    assert group.ended() == ended
 
 
 def test_rank_0_may_be_the_one(start: Callable[..., Group]) -> None:
     group = start(2)
     group.under_way()
     os.kill(group.who()[0][2], signal.SIGSTOP)
-    group.until((group.folder / "ended.json").exists)
-    message = read_json(group.folder / "ended.json")["message"]
+    message = group.ended()["message"]
     assert message.startswith(f"rank 0 (n1, pid {group.who()[0][2]}) does not answer; ")
     assert message.endswith("(says rank 1)")
 
@@ -139,13 +134,13 @@ def test_a_collective_that_fails_in_the_end_does_not_hide_the_hang(start: Callab
     group.until(lambda: "stacks-0000.txt" in group.stacks())
     os.kill(pid, signal.SIGKILL)
     assert group.codes() == [HUNG_EXIT_CODE, -signal.SIGKILL]
-    assert read_json(group.folder / "ended.json")["verdict"] == "hung"
+    assert group.ended()["verdict"] == "hung"
 
 
 def test_a_rank_that_waits_elsewhere_comes_first(start: Callable[..., Group]) -> None:
     group = start(3, stays=[[10, 2, 1000.0]])
     assert group.codes() == [HUNG_EXIT_CODE] * 3
-    message = read_json(group.folder / "ended.json")["message"]
+    message = group.ended()["message"]
     assert "all ranks answer; they wait in: __main__.stay:" in message
     first, second = message.partition("they wait in: ")[2].split("; ")[:2]
     assert first.endswith("(rank 2)")
@@ -158,17 +153,14 @@ def test_slow_is_not_hung(start: Callable[..., Group]) -> None:
     """A first step of more than twice the floor, and a later one of three quarters of it."""
     group = start(2, stays=[[0, 1, 2.6 * FLOOR], [10, 1, 0.75 * FLOOR]])
     group.until(lambda: group.samples() > 200)
-    group.enough()
-    assert group.codes() == [0, 0]
+    group.finish()
     assert group.stacks() == set()
-    assert read_json(group.folder / "ended.json")["verdict"] == "finished"
 
 
 def test_the_limit_grows_with_what_steps_take(start: Callable[..., Group]) -> None:
     group = start(2, stays=[[10, 1, FLOOR / 2], [20, 1, 4 * FLOOR]])
     group.until(lambda: group.samples() > 220)
-    group.enough()
-    assert group.codes() == [0, 0]
+    group.finish()
     assert group.stacks() == set()
 
 
@@ -187,8 +179,7 @@ def test_a_suspended_job_goes_on(start: Callable[..., Group]) -> None:
     os.kill(second, signal.SIGCONT)
     seen = group.samples()
     group.until(lambda: group.samples() > seen + 50)
-    group.enough()
-    assert group.codes() == [0, 0]
+    group.finish()
 
 
 def test_a_rank_that_comes_back_in_time_is_forgiven(start: Callable[..., Group]) -> None:
@@ -201,8 +192,7 @@ def test_a_rank_that_comes_back_in_time_is_forgiven(start: Callable[..., Group])
     seen = group.samples()
     group.until(lambda: group.samples() > seen + 50)
     assert group.stacks() == set()
-    group.enough()
-    assert group.codes() == [0, 0]
+    group.finish()
 
 
 def test_the_heartbeat_is_fresh_and_a_disk_that_refuses_it_stops_nothing(start: Callable[..., Group]) -> None:
@@ -213,6 +203,5 @@ def test_the_heartbeat_is_fresh_and_a_disk_that_refuses_it_stops_nothing(start: 
     file.unlink()
     file.mkdir()
     time.sleep(1.5)
-    group.enough()
-    assert group.codes() == [0]
-    assert "Traceback" not in group.log()
+    group.finish()
+    assert "Traceback" not in (group.folder / "log.txt").read_text()

@@ -1,8 +1,9 @@
-"""Ranks that step and beat: ``python watch_worker.py ASKED`` with JSON; prints their exit codes when all have left.
+"""Groups of ranks that step and beat: one for each line of JSON that ``python watch_worker.py`` reads.
 
-ASKED is ``{"folder": the attempt's, "ranks": 3, "floor": seconds}``, and may have ``"stays": [[step, rank, seconds]]``:
-where that rank sleeps on the way, and the others wait for it. The ranks record who they are in ``started.json``, and
-step until the folder has a file ``enough``. They are forked from this process, which has imported torch.
+A line is ``{"folder": the attempt's, "ranks": 3, "floor": seconds}``; with ``"stays": [[step, rank, seconds]]`` that
+rank sleeps on the way, and the others wait for it. The ranks record who they are in ``started.json``, and step until
+the folder has a file ``enough``; their exit codes are in ``codes.json`` when all have left. They are forked from this
+process, which has imported torch.
 """
 
 from __future__ import annotations
@@ -11,18 +12,16 @@ import json
 import os
 import sys
 import time
-import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
-import torch.distributed as dist
 
 from longclip.run.attempts import Attempt
 from longclip.run.folder import write_json
 from longclip.train import watch as watching
 from longclip.train.ranks import Ranks
 from longclip.train.watch import Watch, Who
+from tests.forked import fork_ranks
 
 BATCH = 10
 watching.HEARTBEAT_SECONDS = 0.5
@@ -33,6 +32,7 @@ def stay(seconds: float) -> None:
 
 
 def steps(asked: dict[str, Any], me: Ranks) -> None:
+    """A loop like that of training."""
     folder = Path(asked["folder"])
     attempt = Attempt(folder)
     stays = {(step, rank): seconds for step, rank, seconds in asked.get("stays", [])}
@@ -55,29 +55,22 @@ def steps(asked: dict[str, Any], me: Ranks) -> None:
         attempt.end("finished", step * BATCH)
 
 
-def rank_of(asked: dict[str, Any], rank: int) -> None:
-    os.environ["SLURMD_NODENAME"] = f"n{rank + 1}"
-    meeting = f"file://{asked['folder']}/.meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=asked["ranks"])
-    steps(asked, Ranks(rank, asked["ranks"], rank, torch.device("cpu")))
-
-
-def main(asked: dict[str, Any]) -> None:
-    children = []
-    for rank in range(asked["ranks"]):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                rank_of(asked, rank)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
+def group(asked: dict[str, Any]) -> None:
+    """In a process of its own, whose children the ranks are."""
+    folder = Path(asked["folder"])
+    log = os.open(folder / "log.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, sys.stderr.fileno())
+    codes = fork_ranks(folder / ".meeting", [f"n{rank + 1}" for rank in range(asked["ranks"])], partial(steps, asked))
+    write_json(folder / "codes.json", {"codes": codes})
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    for line in sys.stdin:
+        if os.fork() == 0:
+            group(json.loads(line))
+            os._exit(0)
+    while True:
+        try:
+            os.wait()
+        except ChildProcessError:
+            break
