@@ -17,7 +17,7 @@ from typing import Any
 
 from longclip.errors import LongclipError
 from longclip.launch import preflight
-from longclip.launch.preflight import Needs
+from longclip.launch.node import Needs
 from longclip.run.folder import write_json
 from longclip.train.ranks import Ranks
 from longclip.train.watch import Who

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from longclip.launch import preflight
-from longclip.launch.preflight import check_device, check_folder, ecc_problems, excluded
+from longclip.launch import node
+from longclip.launch.node import check_device, check_folder, ecc_problems
+from longclip.launch.preflight import excluded
 from longclip.run.folder import read_json
 
 HERE = Path(__file__).parent
@@ -181,7 +182,7 @@ def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     smi('echo "GPU-aa, 0\nGPU-bb, 3\nGPU-cc, [N/A]"')
     assert ecc_problems("aa", "GPU 0") == ecc_problems("cc", "GPU 2") == []
     assert ecc_problems("bb", "GPU 1") == ["GPU 1 has 3 uncorrected memory errors"]
-    monkeypatch.setattr(preflight, "SMI_SECONDS", 0.5)
+    monkeypatch.setattr(node, "SMI_SECONDS", 0.5)
     smi("exec sleep 20")
     assert ecc_problems("aa", "GPU 0") == ["nvidia-smi does not answer within 0 s"]
     monkeypatch.setenv("PATH", "/nowhere")
