@@ -51,12 +51,18 @@ def _summary(i2t_N: Tensor, t2i_N: Tensor) -> dict[str, float]:
 
 
 def evaluate(
-    model: Callable[..., tuple[Tensor, Tensor, Tensor]], module: nn.Module, reader: Reader, batch: int, ranks: Ranks
+    model: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    module: nn.Module,
+    reader: Reader,
+    batch: int,
+    ranks: Ranks,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Retrieval over a whole dataset, features computed by all ranks, the same numbers on any number of them.
 
     ``model`` is what is called (the DeepSpeed engine), ``module`` what is switched to evaluation. Samples that cannot
-    be read are left out on all ranks. Also returns ``pairs`` (how many counted) and ``waste`` at this window.
+    be read are left out on all ranks. ``alive`` is called after every batch.
+    Also returns ``pairs`` (how many counted) and ``waste`` at this window.
     """
     was_training = module.training
     module.eval()
@@ -69,6 +75,7 @@ def evaluate(
             texts.append(text_BD[:count][use].cpu())
             if count:
                 kept, lost = kept + part.tokens, lost + part.tokens_cut
+            alive()
     module.train(was_training)
     pieces = ranks.gather((images, texts, kept, lost))
     # Batches were dealt in turn: laid back in turn, the gallery is in the dataset's order on any number of ranks.

@@ -156,6 +156,8 @@ class Engine(Section):
     activation_checkpointing: bool = False
     loader_workers: Annotated[int, Field(ge=0)] = 2
     """processes that decode images, per rank"""
+    hang_minutes: Annotated[float, Field(gt=0)] = 10
+    """silence of all ranks after which the run counts as hung; longer where its own steps or saves take longer"""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """passed to DeepSpeed as it is; keys that this file decides elsewhere are refused"""
 

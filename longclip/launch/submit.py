@@ -28,6 +28,7 @@ from longclip.experiment.identity import differences, identity, uid
 from longclip.experiment.load import Loaded
 from longclip.experiment.schema import Experiment, parse_time
 from longclip.launch import restart, worker
+from longclip.launch.preflight import excluded
 from longclip.launch.resolve import Resolved, resolve
 from longclip.launch.scheduler import have_slurm
 from longclip.launch.site import Site
@@ -175,6 +176,8 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
             parameters["gpus_per_task"] = f"{typed}1"
         else:
             parameters["gpus_per_node"] = f"{typed}{ask.gpus_per_node}"
+    if nodes := excluded(run.path, time.time()):
+        parameters["exclude"] = ",".join(nodes)
     memory = ask.mem_gb or site.mem_gb
     if memory is not None:
         parameters["mem"] = f"{int(memory * 1024)}M"

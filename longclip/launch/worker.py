@@ -12,14 +12,17 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from longclip import __version__
 from longclip.errors import LongclipError, SiteError, UserError
-from longclip.experiment.schema import parse_time
+from longclip.experiment.schema import Experiment, parse_time
 from longclip.launch import restart
+from longclip.launch.node import Needs
+from longclip.launch.preflight import NodeFault, excluded, preflight
 from longclip.launch.snapshot import OtherCode, check_imported, code_hash
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, Superseded, claim
 from longclip.run.folder import RunFolder, load_experiment, read_json, write_json
@@ -101,9 +104,12 @@ def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
     """
     global _attempt
     from longclip.train.loop import Job, train
+    from longclip.train.watch import Watch, Who
 
+    who = ranks.gather(Who.here(ranks.rank))
     facts = {
-        "nodes": sorted(set(ranks.gather(socket.gethostname()))),
+        "nodes": sorted({w.node for w in who}),
+        "who": who,
         "ranks": ranks.size,
         "device": str(ranks.device),
         "code": code_hash(),
@@ -114,9 +120,20 @@ def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
     _attempt = attempt = _claim(record, number, facts, ranks)
     submitted = Attempt(record.attempts / f"{number:04d}")
     experiment = load_experiment(submitted.path / "experiment.yaml")
-    job = Job(record, attempt, experiment, (submitted.submitted or {})["paths"], _beat)
+    paths = (submitted.submitted or {})["paths"]
     begun = time.time()
-    verdict = train(job, ranks, lambda: _Signals.received is not None)
+    report = preflight(attempt.path, ranks, who, needs_of(experiment, paths))
+    if ranks.rank == 0:
+        print(f"preflight: {report.seconds:.1f} s", *report.warnings, sep="\n  ", flush=True)
+    floor = experiment.engine.hang_minutes * 60
+    with Watch(attempt.path, ranks.rank, who, floor, lambda found: attempt.end("hung", _seen, found)) as watch:
+
+        def beat(samples: int) -> None:
+            global _seen
+            _seen = samples
+            watch.beat(samples)
+
+        verdict = train(Job(record, attempt, experiment, paths, beat), ranks, lambda: _Signals.received is not None)
     if verdict == INTERRUPTED:
         verdict, message = why_interrupted(ranks, begun, parse_time(experiment.slurm.time))
     else:
@@ -146,7 +163,7 @@ def _claim_alone(record: RunFolder, number: int, facts: dict[str, Any]) -> tuple
     if why := stays(record):
         return "leave", why
     if restart.in_slurm():
-        restart.may_again(record, job, [])
+        restart.may_again(record, job, excluded(record.path, time.time()))
     log = _log()
     if log is not None:
         facts["log"] = os.path.relpath(log, record.attempts.resolve() / "0000")
@@ -154,9 +171,21 @@ def _claim_alone(record: RunFolder, number: int, facts: dict[str, Any]) -> tuple
     return "attempt", claim(record, number, job, facts).path.name
 
 
-def _beat(samples: int) -> None:
-    global _seen
-    _seen = samples
+def needs_of(experiment: Experiment, paths: Mapping[str, str]) -> Needs:
+    """What the preflight shall find on every node."""
+    from longclip.model.clip import count_parameters
+    from longclip.train.loop import localized
+
+    parameters = count_parameters(localized(experiment.model, paths))
+    image = int(3 * 4 * (experiment.model.image.config or {}).get("image_size", 224) ** 2)
+    share = experiment.train.global_batch // experiment.slurm.nodes
+    return Needs(
+        gpus=experiment.slurm.gpus_per_node,
+        memory=2**28 + 4 * parameters,
+        # each worker process holds two batches of its rank ahead
+        shm=2 * share * image * experiment.engine.loader_workers,
+        disk=2 * 12 * parameters,
+    )
 
 
 def stop_at_step_boundary(with_ctrl_c: bool = False) -> None:
@@ -254,6 +283,8 @@ def _note_failure(record: RunFolder, number: int, error: BaseException) -> None:
     kind, message = kind_of(error)
     if good := _last_good(record) if kind == "diverged" else "":
         message += f"; last good checkpoint: {good}"
+    if kind == "node failed":
+        restart.may_again(record, _job_id(), excluded(record.path, time.time()))
     attempt.fail(int(os.environ.get("RANK", "0")), kind, _seen, message, "".join(traceback.format_exception(error)))
     if stays(record):
         restart.not_again(record, _job_id())
@@ -265,6 +296,8 @@ def kind_of(error: BaseException) -> tuple[str, str]:
 
     message = error.message if isinstance(error, LongclipError) else traceback.format_exception_only(error)[-1].strip()
     names = {cls.__name__ for cls in type(error).__mro__}
+    if isinstance(error, NodeFault):
+        return "node failed", message
     if isinstance(error, Diverged):
         return "diverged", message
     if isinstance(error, OtherCode):

@@ -44,3 +44,9 @@ def build(spec: Model, seed: int, activation_checkpointing: bool = False) -> Dua
         for encoder in (model.image, model.text):
             encoder.trunk.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def count_parameters(spec: Model) -> int:
+    """Parameters of the whole model, without making it."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in DualEncoder(spec, weights=False).parameters())

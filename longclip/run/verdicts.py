@@ -23,6 +23,10 @@ NEEDS_HANDS = ("diverged", "no space", "bad input", "rejected")
 SAME_CHECKPOINT = 3
 """Own failures in a row from one checkpoint that end a run, wherever after it they happened"""
 
+_LOST_PEER = re.compile(
+    r"Connection (?:reset|closed) by peer|Broken pipe|Connection refused|remote process exited", re.I
+)
+"""What gloo, NCCL and the store say on a rank whose partner has gone"""
 _LOG_TAIL = 256 * 1024
 _SIGNS = (  # first match wins; slurmstepd, srun and the kernel's words by way of slurmstepd
     ("node failed", re.compile(r"CANCELLED AT \S+ DUE TO NODE FAILURE.*|Node failure on \S+|.*NODE FAIL.*")),
@@ -62,23 +66,30 @@ def verdict_of(attempt: Attempt) -> Verdict | None:
             time=ended.get("time"),
         )
     if failure := first_failure(attempt):
-        kind = failure["kind"]
+        kind, samples, when = failure["kind"], int(failure["samples"]), failure["time"]
         where = f"rank {failure['rank']} on {failure['host']}"
-        return Verdict(kind, int(failure["samples"]), f"{where}: {failure['message']}", time=failure["time"])
+        if not _LOST_PEER.search(failure["message"]):
+            return Verdict(kind, samples, f"{where}: {failure['message']}", time=when)
+        # Whoever it lost was killed before it could say a word; perhaps Slurm says why.
+        told = _from_log(attempt)
+        if told is not None and told.kind != CANCELLED:
+            return Verdict(told.kind, samples, told.message, "log", when)
+        return Verdict("killed", samples, f"{where} lost its connection to another rank", time=when)
     if attempt.started is None:
         return None
     return _from_log(attempt)
 
 
 def first_failure(attempt: Attempt) -> dict[str, Any] | None:
-    """The record of the rank that failed first: later ones tell of the connection that the first one closed."""
+    """The record of the rank that failed first, of those that did not only lose their connection to another."""
     records = []
     for file in attempt.path.glob("failed-*.json"):
         try:
             records.append(read_json(file))
         except (OSError, ValueError):  # torn: killed in the act
             continue
-    return min(records, key=lambda r: r["time"], default=None)
+    own = [r for r in records if not _LOST_PEER.search(r["message"])]
+    return min(own or records, key=lambda r: r["time"], default=None)
 
 
 def log_of(attempt: Attempt) -> tuple[Path, int] | None:

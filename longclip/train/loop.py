@@ -14,6 +14,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,7 +148,12 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         if journal:
             journal.write(state["step"], state["samples"], {SAVE_SECONDS: time.monotonic() - begun})
         saved, saved_at = state["samples"], time.monotonic()
+        alive()
 
+    def alive() -> None:
+        job.beat(state["samples"])
+
+    alive()
     for part in batches:
         step = state["step"]
         lr = engines.learning_rate(recipe, step, total_steps)
@@ -160,7 +166,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         engine.backward(loss)
         grad_norm = engines.step(engine)
         state.update(step=step + 1, samples=(step + 1) * batch)
-        job.beat(state["samples"])
+        alive()
         _note_bad(job, part, step, ranks)
         meters.tokens, meters.captions = meters.tokens + part.tokens, meters.captions + len(part.valid)
 
@@ -205,7 +211,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
 
         improved = False
         if _crossed(evaluated, state["samples"], evaluate_every) or last:
-            scores = evaluate(engine, engine.module, readers["val"], experiment.evaluate.batch, ranks)
+            scores = evaluate(engine, engine.module, readers["val"], experiment.evaluate.batch, ranks, alive)
             evaluated = state["samples"]
             improved = state["best"] is None or scores["mean_recall_at_1"] > state["best"]["value"]
             if improved:
@@ -239,7 +245,8 @@ def _test(job: Job, engine: Any, state: dict[str, Any], tokenizer: Tokenizer, pi
     checkpoint.restore(engine, job.run.checkpoints / best, ranks)
     dataset = open_dataset(job.paths["data.test"])
     reader = Reader(dataset, tokenizer, pixels, job.experiment.data.text)
-    scores = evaluate(engine, engine.module, reader, job.experiment.evaluate.batch, ranks)
+    alive = partial(job.beat, state["samples"])
+    scores = evaluate(engine, engine.module, reader, job.experiment.evaluate.batch, ranks, alive)
     if ranks.rank == 0:
         window = job.experiment.model.context_length
         record = {

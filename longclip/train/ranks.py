@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ import torch.distributed as dist
 from longclip.errors import SiteError
 
 T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""torch's own (NCCL: 10 min) would end a slow step; hangs are noticed, and told better, by train/watch.py"""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def start(rendezvous: str | None = None) -> Ranks:
     if size == 1 and rendezvous is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
-        dist.init_process_group(backend, init_method=rendezvous or "env://", rank=rank, world_size=size)
+        url = rendezvous or "env://"
+        dist.init_process_group(backend, init_method=url, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
