@@ -153,7 +153,9 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict
         "signal_delay_s": SIGNAL_LEAD,
         "stderr_to_stdout": True,
         # One rank that dies takes the others with it, instead of leaving them in a collective that never ends.
-        "srun_args": ["--kill-on-bad-exit=1"],
+        "srun_args": ["--kill-on-bad-exit=1", *site.srun],
+        "mail_user": site.mail,
+        "mail_type": "FAIL,END" if site.mail else None,
         "setup": _setup(site, cpus),
         "wckey": None,
     }
