@@ -26,6 +26,7 @@ from longclip.errors import LongclipError, SiteError
 from longclip.experiment.schema import Experiment
 from longclip.launch import submit
 from longclip.launch.cluster import Cluster, Partition, ask, read_cluster
+from longclip.launch.disk import disk_of
 from longclip.launch.resolve import Resolved
 from longclip.launch.site import Site
 from longclip.run.folder import RunFolder
@@ -36,8 +37,6 @@ TRACKING_TIMEOUT = 3
 """seconds that an MLflow server may take to answer"""
 FREE_GB, FREE_INODES = 20, 10_000
 """below these a runs folder is called full: three checkpoints of the paper's model are 16 GB"""
-NODE_LOCAL = ("tmpfs", "ramfs", "overlay", "squashfs")
-"""kinds of file system that no other node sees"""
 
 _WORKER = """
 import json, sys
@@ -194,29 +193,19 @@ def _max_jobs(site: Site, cluster: Cluster) -> Check:
 def _folder(what: str, path: Path) -> Check:
     """A folder (or its nearest existing parent) can be written, has room, and is one that other nodes may see."""
     path = path.absolute()
-    there = next(p for p in (path, *path.parents) if os.path.exists(p))
     try:
-        tempfile.TemporaryFile(dir=there).close()
-        room = os.statvfs(there)
+        disk = disk_of(path)
+        tempfile.TemporaryFile(dir=disk.folder).close()
     except OSError as error:
         return Check("fail", what, f"{path}: cannot be written: {error.strerror}", f"{what}: another folder")
-    free, inodes = room.f_bavail * room.f_frsize / 1e9, room.f_favail
-    said = f"{path}: {free:,.0f} GB free"
-    if free < FREE_GB or (room.f_files and inodes < FREE_INODES):
-        return Check("warn", what, f"{said}, {inodes:,} files", "longclip prune, or another folder")
-    kind = file_system(there)
-    if kind in NODE_LOCAL or there.is_relative_to("/tmp"):
-        return Check("warn", what, f"{said}; looks local to this node ({kind})", "compute nodes must see it")
-    return Check("ok", what, f"{said} ({kind})")
-
-
-def file_system(path: Path) -> str:
-    """Kind of the file system that holds ``path``: ext4, nfs4, lustre, tmpfs, ..."""
-    path = path.resolve()
-    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    # The deepest mount point wins, and of several on one point the last.
-    holding = [(len(point), i, kind) for i, (point, kind) in enumerate(mounts) if path.is_relative_to(point)]
-    return max(holding)[2] if holding else "unknown"
+    said = f"{path}: {disk.free_gb:,.0f} GB free"
+    if disk.free_gb < FREE_GB:
+        return Check("warn", what, said, "longclip prune, or another folder")
+    if disk.free_inodes is not None and disk.free_inodes < FREE_INODES:
+        return Check("warn", what, f"{said}, but room for {disk.free_inodes:,} files only", "another folder")
+    if disk.local:
+        return Check("warn", what, f"{said}; looks local to this node ({disk.kind})", "compute nodes must see it")
+    return Check("ok", what, f"{said} ({disk.kind})")
 
 
 def _datasets(site: Site) -> Iterator[Check]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from longclip.errors import SiteError, UserError
 from longclip.launch.cluster import Cluster, Partition, read_cluster
-from longclip.launch.doctor import NODE_LOCAL, file_system
+from longclip.launch.disk import disk_of
 from longclip.launch.site import find_site
 
 SITES = Path("~/.config/longclip/sites")
@@ -166,8 +166,7 @@ def _runs(profile: _Profile) -> None:
     if profile.ask is not None:
         answer = Path(str(profile.ask("Folder of the runs, shared with compute nodes", default=str(guess))))
         answer = answer.expanduser().absolute()
-    there = next(p for p in (answer, *answer.parents) if os.path.exists(p))
-    room, kind = os.statvfs(there), file_system(there)
-    seen = "; looks local to this node" if kind in NODE_LOCAL else ""
-    free = f"{kind}, {room.f_bavail * room.f_frsize / 1e9:,.0f} GB free{seen}"
+    disk = disk_of(answer)
+    seen = "; looks local to this node" if disk.local else ""
+    free = f"{disk.kind}, {disk.free_gb:,.0f} GB free{seen}"
     profile.say("runs", str(answer), ("guessed: " if profile.ask is None else "") + free)

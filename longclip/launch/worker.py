@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from longclip import __version__
 from longclip.errors import LongclipError, SiteError
+from longclip.launch.caches import leave_home_alone
 from longclip.launch.snapshot import code_hash
 from longclip.run.attempts import Attempt, Superseded, attempts_of, claim
 from longclip.run.folder import RunFolder, load_experiment, read_json, write_json
@@ -35,6 +36,7 @@ def run(folder: str, number: int) -> str:
     Returns ``finished`` or ``interrupted``; raises whatever went wrong, after recording it.
     """
     stop_at_step_boundary()
+    leave_home_alone()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
     record = RunFolder(Path(folder))
