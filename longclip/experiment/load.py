@@ -37,7 +37,8 @@ M = TypeVar("M", bound=BaseModel)
 
 _SHORT = {"context_length": "ctx", "seed": "s", "lr": "lr", "global_batch": "b", "zero_stage": "zero"}
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+"""Names of environment variables whose values are written nowhere"""
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ def _substitute_env(tree: _Tree) -> None:
             continue
         where, dotted = str(tree.origin(path, Path())), ".".join(path)
         for name in _ENV.findall(value):
-            if _SECRET.search(name):
+            if SECRET.search(name):
                 mistakes.append(
                     Mistake(
                         where, dotted, f"${{env:{name}}} looks like a secret; set it in the job's environment instead"

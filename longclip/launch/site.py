@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longclip.errors import UserError
-from longclip.experiment.load import read_as
+from longclip.experiment.load import SECRET, read_as
 from longclip.experiment.schema import bad
 
 SBATCH_OURS = {
@@ -95,6 +95,12 @@ class Site(BaseModel):
     """further srun arguments as they are: ``[--container-image=/images/longclip.sqsh]``"""
     sbatch: dict[str, Any] = {}
     """further sbatch options, by long name: ``{constraint: a100, reservation: course}``"""
+
+    @model_validator(mode="after")
+    def _env(self) -> Site:
+        for name in filter(SECRET.search, self.env):
+            raise bad(f"env.{name}", "looks like a secret; export it in your shell instead, sbatch hands it on")
+        return self
 
     @model_validator(mode="after")
     def _sbatch(self) -> Site:

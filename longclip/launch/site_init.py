@@ -108,7 +108,8 @@ def _partition(profile: _Profile, cluster: Cluster) -> Partition:
         raise SiteError("no partition of this cluster is up", "sinfo")
     guess = next((p.name for p in candidates if p.default), candidates[0].name)
     names = [p.name for p in candidates]
-    name = profile.choose("partition", "Partition", names, guess, "sinfo: the only one that is up")
+    only = "sinfo: the only one that is up" + (" and has GPUs" if candidates[0].gpus else "")
+    name = profile.choose("partition", "Partition", names, guess, only)
     chosen = cluster.partitions[name]
     limits = f"at most {chosen.max_time} a job, {chosen.default_time} where it names no time"
     profile.lines[-1] += f"; {limits}"

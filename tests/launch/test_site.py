@@ -78,6 +78,7 @@ def test_mail(tmp_path: Path) -> None:
         ("gpus: gres\nsbatch: {gres: 'gpu:1'}\n", "sbatch.gres: is decided by the experiment's slurm.gpus_per_node"),
         ("sbatch: {exclusive: false}\n", "sbatch.exclusive: is False; valid is a text, a number, or true"),
         ("runs: $NO_SUCH_VARIABLE/runs\n", "runs: $NO_SUCH_VARIABLE/runs: $NO_SUCH_VARIABLE is not set here"),
+        ("env: {TOKENIZERS_PARALLELISM: x, MLFLOW_TRACKING_PASSWORD: x}\n", "env.MLFLOW_TRACKING_PASSWORD: looks like"),
         ("- a\n", "mine.yaml:1: valid is a mapping of keys to values"),
         ("a: [\n", "mine.yaml:2: not valid YAML"),
     ],
