@@ -1,4 +1,4 @@
-"""What is made of facts that the cluster of tests/slurm does not have: preemption that cancels, or is by QOS; limits."""
+"""What is made of facts that the cluster of tests/slurm lacks: preemption that cancels, or goes by QOS; limits."""
 
 from __future__ import annotations
 
