@@ -29,6 +29,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Shards: synthesize, index.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+site_app = typer.Typer(help="Site profiles: init.", no_args_is_help=True)
+app.add_typer(site_app, name="site")
 
 _debug = False
 
@@ -68,9 +70,11 @@ def _options(
 @app.command()
 def check(paths: Paths, set_: Sets = None) -> None:
     """Validate experiment files. Needs no Slurm, no data and no network."""
+    from longclip import screen
     from longclip.experiment.load import load
 
-    for one in load(paths, set_):
+    loaded = load(paths, set_)
+    for one in loaded:
         e = one.experiment
         length = f"{e.train.samples:,} samples" if e.train.samples else f"{e.train.epochs:g} epochs"
         print(
@@ -78,6 +82,7 @@ def check(paths: Paths, set_: Sets = None) -> None:
             f"batch {e.train.global_batch} = {e.slurm.ranks} x {e.train.global_batch // e.slurm.ranks}, "
             f"{e.slurm.nodes} x {e.slurm.ranks_per_node} ranks"
         )
+    screen.print_time_warnings(one.experiment for one in loaded)
 
 
 @app.command()
@@ -317,6 +322,36 @@ def _sync(found: Sequence[Any], profile: Any) -> None:
     report = replay(found, profile.tracking_uri)
     look = f"mlflow ui --backend-store-uri {report.uri}" if report.uri.startswith("sqlite") else report.uri
     print(f"MLflow: {report}    look: {look}")
+
+
+@app.command()
+def doctor(site: SiteName = None, runs: Runs = None, as_json: Json = False) -> None:
+    """Can this machine submit? Slurm, partition, limits, folders, datasets, worker, MLflow: one line each."""
+    from longclip.launch.doctor import examine
+
+    checks = []
+    for check in examine(_site(site, runs)):
+        checks.append(check)
+        if not as_json:
+            print(check, flush=True)
+    if as_json:
+        print(json.dumps([c.as_dict() for c in checks], indent=1))
+    if any(c.level == "fail" for c in checks):
+        raise typer.Exit(3)
+
+
+@site_app.command("init")
+def site_init(
+    name: Annotated[str | None, typer.Argument(help="Name of the profile, by default the cluster's.")] = None,
+    dest: Annotated[Path | None, typer.Option("--out", help="File, by default in ~/.config/longclip/sites.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take the best guess, and mark it.")] = False,
+) -> None:
+    """Write a site profile from what Slurm says of itself."""
+    from longclip.launch.site_init import write_profile
+
+    ask = None if yes or not sys.stdin.isatty() else typer.prompt
+    file, site = write_profile(name, dest, ask)
+    print(f"wrote {file}\nnext: longclip doctor --site {site}")
 
 
 @app.command()

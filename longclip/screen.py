@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from longclip.errors import LongclipError
+from longclip.experiment.schema import Experiment, time_warning
 from longclip.launch.status import statuses
 from longclip.run.folder import RunFolder
 
@@ -46,6 +47,14 @@ def print_plans(plans: Sequence[Plan], site: str) -> None:
             f"{ask.nodes} x {ask.ranks_per_node} {'GPU' if ask.gpus_per_node else 'CPU'}",
         )
     out.print(table)
+    print_time_warnings(p.experiment for p in plans if p.queues)
+
+
+def print_time_warnings(experiments: Iterable[Experiment]) -> None:
+    """Time limits that Slurm reads as minutes, each once."""
+    for text in dict.fromkeys(e.slurm.time for e in experiments):
+        if warning := time_warning(text):
+            print(f"! {warning}")
 
 
 def print_dry_run(plans: Sequence[Plan], profile: Site) -> bool:

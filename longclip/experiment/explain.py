@@ -16,14 +16,14 @@ Key = tuple[str, ...]
 """Path of a key: ``("train", "lr")``"""
 
 
-def explain(error: ErrorDetails) -> tuple[Key, str]:
-    """The key at fault and one line about it."""
+def explain(error: ErrorDetails, root: type[BaseModel] = Experiment) -> tuple[Key, str]:
+    """The key at fault and one line about it; ``root`` is what the file describes."""
     key = tuple(str(part) for part in error["loc"])
     ctx = error.get("ctx", {})
     if error["type"] == "longclip":
         return key + tuple(ctx["key"].split(".")), str(ctx["message"])
     if error["type"] == "extra_forbidden":
-        return key, _unknown_key(key)
+        return key, _unknown_key(key, root)
     if error["type"] == "missing":
         return key, "missing"
     if error["type"] in ("model_type", "model_attributes_type"):
@@ -34,10 +34,10 @@ def explain(error: ErrorDetails) -> tuple[Key, str]:
     return key, f"is {error['input']!r}; {what[0].lower()}{what[1:]}"
 
 
-def _unknown_key(key: Key) -> str:
-    fields = list(_fields(key[:-1]))
+def _unknown_key(key: Key, root: type[BaseModel]) -> str:
+    fields = list(_fields(key[:-1], root))
     near = difflib.get_close_matches(key[-1], fields, 1, cutoff=0.6)
-    elsewhere = [path for path in known_keys() if path.rpartition(".")[2] == key[-1]]
+    elsewhere = [path for path in known_keys((), root) if path.rpartition(".")[2] == key[-1]]
     if near:
         return f"unknown key; did you mean {near[0]}?"
     if elsewhere:
@@ -51,19 +51,19 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return next((s for a in typing.get_args(annotation) if (s := _section(a))), None)
 
 
-def _fields(path: Key) -> dict[str, Any]:
-    model: type[BaseModel] | None = Experiment
+def _fields(path: Key, root: type[BaseModel] = Experiment) -> dict[str, Any]:
+    model: type[BaseModel] | None = root
     for part in path:
         model = _section(model.model_fields[part].annotation) if model and part in model.model_fields else None
-    extra = {"extends": None, "sweep": None} if not path else {}
+    extra = {"extends": None, "sweep": None} if not path and root is Experiment else {}
     return {**(model.model_fields if model else {}), **extra}
 
 
-def known_keys(path: Key = ()) -> list[str]:
-    """Dotted paths of all keys that an experiment may hold."""
+def known_keys(path: Key = (), root: type[BaseModel] = Experiment) -> list[str]:
+    """Dotted paths of all keys that an experiment, or what ``root`` describes, may hold."""
     keys = []
-    for name, info in _fields(path).items():
+    for name, info in _fields(path, root).items():
         keys.append(".".join((*path, name)))
         if info is not None and _section(info.annotation):
-            keys.extend(known_keys((*path, name)))
+            keys.extend(known_keys((*path, name), root))
     return keys

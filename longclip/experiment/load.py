@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from longclip.errors import ExperimentError, Mistake, UserError
 from longclip.experiment.explain import Key, explain
@@ -33,9 +33,12 @@ PATHS: tuple[Key, ...] = (
 )
 """Values that may be paths; a path is taken relative to the file that says it."""
 
+M = TypeVar("M", bound=BaseModel)
+
 _SHORT = {"context_length": "ctx", "seed": "s", "lr": "lr", "global_batch": "b", "zero_stage": "zero"}
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-_SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
+"""Names of environment variables whose values are written nowhere"""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,25 @@ def _read(file: Path, chain: tuple[Path, ...]) -> _Tree:
     if file in chain:
         names = " -> ".join(p.name for p in (*chain[chain.index(file) :], file))
         raise ExperimentError([Mistake(f"{_shown(chain[-1])}", "extends", f"goes in a circle: {names}")])
+    tree = _parse(file)
+    parent = tree.values.pop("extends", None)
+    if parent is None:
+        return tree
+    where = tree.origins[("extends",)]
+    if not isinstance(parent, str):
+        raise ExperimentError([Mistake(str(where), "extends", "is the path of one other file")])
+    base = (file.parent / parent).resolve()
+    if not base.is_file():
+        near = difflib.get_close_matches(base.name, [p.name for p in base.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ExperimentError([Mistake(str(where), "extends", f"no such file: {parent}{hint}")])
+    below = _read(base, (*chain, file))
+    _merge(below, tree, ())
+    return below
+
+
+def _parse(file: Path) -> _Tree:
+    """The tree of one file as it stands."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -191,22 +213,8 @@ def _read(file: Path, chain: tuple[Path, ...]) -> _Tree:
     finally:
         loader.dispose()
     if not isinstance(values, dict):
-        raise ExperimentError([Mistake(f"{_shown(file)}:1", "", "an experiment is a mapping of keys to values")])
-    tree = _Tree(values, origins)
-    parent = tree.values.pop("extends", None)
-    if parent is None:
-        return tree
-    where = tree.origins[("extends",)]
-    if not isinstance(parent, str):
-        raise ExperimentError([Mistake(str(where), "extends", "is the path of one other file")])
-    base = (file.parent / parent).resolve()
-    if not base.is_file():
-        near = difflib.get_close_matches(base.name, [p.name for p in base.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ExperimentError([Mistake(str(where), "extends", f"no such file: {parent}{hint}")])
-    below = _read(base, (*chain, file))
-    _merge(below, tree, ())
-    return below
+        raise ExperimentError([Mistake(f"{_shown(file)}:1", "", "valid is a mapping of keys to values")])
+    return _Tree(values, origins)
 
 
 def _build(loader: _Loader, node: yaml.Node, path: Key, file: Path, origins: dict[Key, Origin]) -> Any:
@@ -316,7 +324,7 @@ def _substitute_env(tree: _Tree) -> None:
             continue
         where, dotted = str(tree.origin(path, Path())), ".".join(path)
         for name in _ENV.findall(value):
-            if _SECRET.search(name):
+            if SECRET.search(name):
                 mistakes.append(
                     Mistake(
                         where, dotted, f"${{env:{name}}} looks like a secret; set it in the job's environment instead"
@@ -406,8 +414,23 @@ def _copy(values: Any) -> Any:
 
 
 def _validate(tree: _Tree, file: Path) -> Experiment:
+    return _as(Experiment, tree, file)
+
+
+def read_as(model: type[M], file: Path, **defaults: Any) -> M:
+    """Another kind of file (a site profile), told of its mistakes like an experiment; ``defaults`` lie under it.
+
+    Raises:
+        ExperimentError: with every mistake, each with its line and the nearest valid key.
+    """
+    tree = _parse(file)
+    tree.values = {**defaults, **tree.values}
+    return _as(model, tree, file)
+
+
+def _as(model: type[M], tree: _Tree, file: Path) -> M:
     try:
-        return Experiment.model_validate(tree.values)
+        return model.model_validate(tree.values)
     except ValidationError as error:
-        found = [explain(e) for e in error.errors(include_url=False)]
+        found = [explain(e, model) for e in error.errors(include_url=False)]
         raise ExperimentError([Mistake(str(tree.origin(k, file)), ".".join(k), what) for k, what in found]) from None

@@ -321,3 +321,10 @@ def parse_time(text: str) -> int:
     if seconds <= 0:
         raise bad("time", f"is {text!r}, which is no time at all")
     return -(-seconds // 60)
+
+
+def time_warning(text: str) -> str | None:
+    """What Slurm takes ``24:00`` for, where hours were probably meant; None for any other form."""
+    if re.fullmatch(r"\d+:\d+", text.strip()) is None:
+        return None
+    return f"slurm.time: {text!r} is {parse_time(text)} minutes to Slurm; in hours it is '{text.strip()}:00'"

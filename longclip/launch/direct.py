@@ -8,6 +8,7 @@ from pathlib import Path
 from longclip.errors import LongclipError, UserError
 from longclip.experiment.load import load
 from longclip.launch import submit
+from longclip.launch.caches import leave_home_alone
 from longclip.launch.site import Site
 from longclip.launch.snapshot import todays_code
 from longclip.launch.worker import meet, stop_at_step_boundary, train_attempt
@@ -20,6 +21,7 @@ def train_here(file: Path, overrides: list[str], site: Site) -> str:
     Raises:
         UserError: the file is a sweep, or its run is finished, queued or running.
     """
+    leave_home_alone()
     from longclip.train import ranks as processes
 
     stop_at_step_boundary(with_ctrl_c=True)

@@ -10,13 +10,44 @@ Without ``--site`` the profile named by ``$LONGCLIP_SITE``, else one in which no
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longclip.errors import UserError
+from longclip.experiment.load import SECRET, read_as
+from longclip.experiment.schema import bad
+
+SBATCH_OURS = {
+    "job-name": "the run's name",
+    "nodes": "the experiment's slurm.nodes",
+    "ntasks": "the experiment's slurm.tasks_per_node",
+    "ntasks-per-node": "the experiment's slurm.tasks_per_node",
+    "time": "the experiment's slurm.time",
+    "cpus-per-task": "cpus_per_task, here or in the experiment's slurm:",
+    "mem": "mem_gb, here or in the experiment's slurm:",
+    "gpus": "the experiment's slurm.gpus_per_node",
+    "gpus-per-node": "the experiment's slurm.gpus_per_node; the site's gpus and gpu_type say how",
+    "gpus-per-task": "the experiment's slurm.gpus_per_node; the site's gpus and gpu_type say how",
+    "partition": "partition, here or in the experiment's slurm:",
+    "account": "account",
+    "qos": "qos",
+    "requeue": "restart",
+    "no-requeue": "restart",
+    "dependency": "restart",
+    "array": "longclip: every run is a job of its own",
+    "signal": "longclip: it is how a run learns that its time is up",
+    "chdir": "longclip: the run's folder",
+    "output": "longclip: the run's folder",
+    "error": "longclip: the run's folder",
+    "open-mode": "longclip: logs are appended to",
+    "mail-user": "mail",
+    "mail-type": "mail",
+    "export": "env",
+}
+"""sbatch options that something else decides, and what"""
 
 
 class Site(BaseModel):
@@ -37,10 +68,11 @@ class Site(BaseModel):
     """memory of a node's share, where the cluster's default is too small"""
     setup: list[str] = []
     """lines of the batch script before the job: module load, conda activate"""
-    env: dict[str, str] = {}
+    env: dict[str, Annotated[str, Field(coerce_numbers_to_str=True)]] = {}
     """environment of the job; it is written into the batch script, so no secrets"""
     python: str | None = None
-    """the worker's Python (with ``longclip[train]``), by default this one"""
+    """the worker's Python (with ``longclip[train]``), by default this one; put into the batch script as it is, so
+    that ``apptainer exec --nv IMAGE python`` is one, too"""
     runs: Path = Path("runs")
     cache: Path | None = None
     """where hub models are kept, readable from compute nodes; by default Hugging Face's own place"""
@@ -57,8 +89,28 @@ class Site(BaseModel):
     """seconds between the signal that announces a preemption and the kill"""
     max_jobs: Annotated[int, Field(ge=1)] | None = None
     """most jobs that one user may have in the queue"""
+    mail: str | None = None
+    """who is told, by Slurm, that a job has ended or failed"""
+    srun: list[str] = []
+    """further srun arguments as they are: ``[--container-image=/images/longclip.sqsh]``"""
     sbatch: dict[str, Any] = {}
     """further sbatch options, by long name: ``{constraint: a100, reservation: course}``"""
+
+    @model_validator(mode="after")
+    def _env(self) -> Site:
+        for name in filter(SECRET.search, self.env):
+            raise bad(f"env.{name}", "looks like a secret; export it in your shell instead, sbatch hands it on")
+        return self
+
+    @model_validator(mode="after")
+    def _sbatch(self) -> Site:
+        ours = {**SBATCH_OURS, **({"gres": "the experiment's slurm.gpus_per_node"} if self.gpus == "gres" else {})}
+        for key, value in self.sbatch.items():
+            if decides := ours.get(key.replace("_", "-")):
+                raise bad(f"sbatch.{key}", f"is decided by {decides}")
+            if value is False or not isinstance(value, str | int | float):
+                raise bad(f"sbatch.{key}", f"is {value!r}; valid is a text, a number, or true for a bare option")
+        return self
 
     @property
     def tracking_uri(self) -> str:
@@ -78,7 +130,7 @@ class Site(BaseModel):
                 f"dataset {name!r} is not in site profile {self.name!r} ({known})",
                 "add it under datasets:, or give a path that begins with ./ or /",
             )
-        return Path(os.path.expandvars(self.datasets[name])).expanduser()
+        return _expand(f"datasets.{name}", self.datasets[name])
 
 
 def find_site(name: str | None, runs: Path | None = None) -> Site:
@@ -88,11 +140,19 @@ def find_site(name: str | None, runs: Path | None = None) -> Site:
         UserError: there is no such profile, or it says something unknown.
     """
     name = name or os.environ.get("LONGCLIP_SITE")
-    site = Site() if name is None else _read(_file(name))
+    site = Site() if name is None else read_as(Site, file := _file(name), name=file.stem)
     if runs is not None:
         site = site.model_copy(update={"runs": runs})
     places = {"runs": site.runs, **({"cache": site.cache} if site.cache else {})}
-    return site.model_copy(update={k: Path(os.path.expandvars(p)).expanduser() for k, p in places.items()})
+    return site.model_copy(update={key: _expand(key, path) for key, path in places.items()})
+
+
+def _expand(key: str, path: str | Path) -> Path:
+    """``$SCRATCH/runs`` and ``~/runs`` as paths of this machine; a variable that is not set is no folder's name."""
+    text = os.path.expandvars(path)
+    if missing := re.search(r"\$\{?\w+\}?", text):
+        raise UserError(f"site profile: {key}: {path}: {missing[0]} is not set here")
+    return Path(text).expanduser()
 
 
 def _file(name: str) -> Path:
@@ -106,16 +166,3 @@ def _file(name: str) -> Path:
         f"no site profile {name!r}; looked for {', '.join(map(str, candidates))}",
         f"known here: {', '.join(known)}" if known else "slurm/sites/example.yaml shows what one looks like",
     )
-
-
-def _read(file: Path) -> Site:
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        return Site.model_validate({"name": file.stem, **values})
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {str(error).splitlines()[0]}") from None
-    except ValidationError as error:
-        what = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-        raise UserError(f"{file}: {what}", f"valid keys: {', '.join(Site.model_fields)}") from None
-    except (OSError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None

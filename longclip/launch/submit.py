@@ -164,7 +164,9 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
         "signal_delay_s": restart.lead(parse_time(ask.time), save_seconds(run)),
         "stderr_to_stdout": True,
         # One rank that dies takes the others with it, instead of leaving them in a collective that never ends.
-        "srun_args": ["--kill-on-bad-exit=1"],
+        "srun_args": ["--kill-on-bad-exit=1", *site.srun],
+        "mail_user": site.mail,
+        "mail_type": "FAIL,END" if site.mail else None,
         "setup": _setup(site, cpus, code),
         "wckey": None,
     }
@@ -176,8 +178,6 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
             parameters["gpus_per_task"] = f"{typed}1"
         else:
             parameters["gpus_per_node"] = f"{typed}{ask.gpus_per_node}"
-    if nodes := excluded(run.path, time.time()):
-        parameters["exclude"] = ",".join(nodes)
     memory = ask.mem_gb or site.mem_gb
     if memory is not None:
         parameters["mem"] = f"{int(memory * 1024)}M"
@@ -189,6 +189,9 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
         "requeue" if again else "no-requeue": True,
         **site.sbatch,
     }
+    if nodes := excluded(run.path, time.time()):
+        theirs = [str(site.sbatch["exclude"])] if "exclude" in site.sbatch else []
+        parameters["additional_parameters"]["exclude"] = ",".join([*theirs, *nodes])
     if again:
         parameters["setup"] = [*restart.before(), *parameters["setup"]]
         parameters["teardown"] = restart.after()

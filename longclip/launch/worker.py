@@ -21,6 +21,7 @@ from longclip import __version__
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.schema import Experiment, parse_time
 from longclip.launch import restart
+from longclip.launch.caches import leave_home_alone
 from longclip.launch.node import Needs
 from longclip.launch.preflight import NodeFault, excluded, preflight
 from longclip.launch.snapshot import OtherCode, check_imported, code_hash
@@ -62,6 +63,7 @@ def run(folder: str, number: int) -> str:
     job that is to be started again the process leaves with the exit code AGAIN.
     """
     stop_at_step_boundary()
+    leave_home_alone()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
     record = RunFolder(Path(folder))

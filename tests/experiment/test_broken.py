@@ -191,7 +191,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         swap("zero_stage: 2", "zero_stage: 2\n  deepspeed: {torch_autocast: {enabled: true}}"),
         "bad.yaml:16: engine.deepspeed.torch_autocast: is decided by train.precision",
     ),
-    "a list": (lambda _: "- a\n- b\n", "bad.yaml:1: an experiment is a mapping of keys to values"),
+    "a list": (lambda _: "- a\n- b\n", "bad.yaml:1: valid is a mapping of keys to values"),
     "grid of nothing": (
         add("sweep: {grid: {train.lr: []}}\n"),
         "bad.yaml:18: sweep.grid.train.lr: is a list of at least",
