@@ -6,9 +6,11 @@ Nothing heavy is imported here or by what the front's commands call: ``--help``,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -154,30 +156,53 @@ def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: b
     if not todo:
         print("nothing to queue")
         return
+    for warning in launch.warnings(todo, profile):
+        print(f"! {warning}")
     one_by_one = on == "debug" or (on == "local" and not parallel)
-    ids = []
-    for plan, job_id, job in launch.submit(plans, profile, on):
-        ids.append(job_id)
-        if not one_by_one:
-            continue
-        if on == "debug":
-            job.results()
-        elif not screen.watch([p.run for p in plans], until=job.done):
-            print(f"\nstopped watching; {plan.run.name} goes on (longclip cancel {plan.run.name} stops it)")
-            _leave_rest([p.run.name for p in todo[len(ids) :]])
-        if _cancelled(plan.run):
-            print(f"{plan.run.name} was cancelled")
-            _leave_rest([p.run.name for p in todo[len(ids) :]])
+    ids: list[str] = []
+    full: LongclipError | None = None
+    try:
+        for plan, job_id, job in launch.submit(plans, profile, on):
+            ids.append(job_id)
+            if not one_by_one:
+                continue
+            if on == "debug":
+                job.results()
+            elif not screen.watch([p.run for p in plans], until=job.done):
+                print(f"\nstopped watching; {plan.run.name} goes on (longclip cancel {plan.run.name} stops it)")
+                _leave_rest([p.run.name for p in todo[len(ids) :]])
+            if _cancelled(plan.run):
+                print(f"{plan.run.name} was cancelled")
+                _leave_rest([p.run.name for p in todo[len(ids) :]])
+    except launch.QueueFull as error:
+        full = error
     sweeps = sorted({p.run.sweep for p in todo})
     where = ", ".join(str(profile.runs / s) for s in sweeps)
     if not one_by_one:
-        print(f"queued {ids[0] if len(ids) == 1 else f'{ids[0]} .. {ids[-1]} ({len(ids)} jobs)'} -> {where}")
+        if ids:
+            print(f"queued {ids[0] if len(ids) == 1 else f'{ids[0]} .. {ids[-1]} ({len(ids)} jobs)'} -> {where}")
+        if full is not None:
+            print(f"{len(todo) - len(ids)} runs wait: {full.message}; the same submit queues them when jobs have ended")
         print(f"watch: longclip status {sweeps[0]} -w    undo: longclip cancel {sweeps[0]}")
         if not wait:
             return
+        if full is not None:
+            _queue_as_others_end(todo, profile)
         screen.watch([p.run for p in plans])
     _sync([p.run for p in plans], profile)
     _leave_by_outcome([p.run for p in todo])
+
+
+def _queue_as_others_end(todo: Sequence[Any], profile: Any) -> None:
+    """Queues the runs that the site had no room for, one by one as it has."""
+    from longclip.launch import submit as launch
+    from longclip.launch.status import statuses
+
+    while waiting := [p for p, s in zip(todo, statuses([p.run for p in todo])[0], strict=True) if s.state == "waiting"]:
+        time.sleep(30)
+        with contextlib.suppress(launch.QueueFull):
+            for plan, job_id, _ in launch.submit(waiting, profile, "slurm"):
+                print(f"queued {plan.run.name}: {job_id}", flush=True)
 
 
 def _cancelled(run: Any) -> bool:

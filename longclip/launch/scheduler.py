@@ -101,6 +101,12 @@ def _users(others: Iterable[int]) -> str:
     return ",".join(str(u) for u in sorted({os.getuid(), *others}))
 
 
+def jobs_of_mine() -> int | None:
+    """How many jobs this user has in the queue; None where squeue does not answer."""
+    queue = _run(["squeue", "--noheader", f"--user={os.getuid()}", "--format=%A"])
+    return None if queue is None else len(queue.split())
+
+
 def have_slurm() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
 

@@ -30,7 +30,7 @@ from longclip.experiment.schema import Experiment, parse_time
 from longclip.launch import restart, worker
 from longclip.launch.preflight import excluded
 from longclip.launch.resolve import Resolved, resolve
-from longclip.launch.scheduler import have_slurm
+from longclip.launch.scheduler import have_slurm, jobs_of_mine
 from longclip.launch.site import Site
 from longclip.launch.snapshot import Code, Snapshot, code_hash, freeze, place
 from longclip.launch.status import CONTINUES, statuses
@@ -307,7 +307,11 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
         one.run.create(one.experiment, one.identity, dict(one.axes))
     # Before the first starts: where runs go one after the other, the source may be edited before the last does.
     codes = {sweep: freeze(sweep) for sweep in {one.run.path.resolve().parent for one in todo}}
-    for one in todo:
+    room = _room(site) if executor == "slurm" else None
+    each = 1 + (site.links if site.restart == "chain" else 0)
+    for done, one in enumerate(todo):
+        if room is not None and (done + 1) * each > room:
+            raise QueueFull(f"the site lets one user have {site.max_jobs} jobs in the queue")
         # Of two people who submit the same run at once, the second finds the first one's job.
         with Lease(one.run.attempts / ".submit.lock"):
             # Hours may have passed since the plan was made, where runs are started one after the other.
@@ -315,6 +319,12 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
                 continue
             job = _queue(one, site, executor, codes[one.run.path.resolve().parent])
         yield one, str(job.job_id), job
+
+
+def _room(site: Site) -> int | None:
+    """Jobs that this user may still queue; None where the site sets no limit, or nobody can say."""
+    queued = None if site.max_jobs is None else jobs_of_mine()
+    return None if queued is None or site.max_jobs is None else site.max_jobs - queued
 
 
 def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str | None = None) -> Attempt:
