@@ -320,6 +320,30 @@ def _sync(found: Sequence[Any], profile: Any) -> None:
 
 
 @app.command()
+def prune(
+    target: Target = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only shown.")] = False,
+    keep_last: Annotated[int, typer.Option("--keep-last", min=1, help="Newest checkpoints to keep.")] = 1,
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """Free disk: old, broken and half-written checkpoints. A file `pinned` in a checkpoint's folder keeps it."""
+    from longclip import screen
+    from longclip.launch import prune as pruning
+
+    plans = pruning.plan(_find(site, runs, target), keep_last)
+    screen.print_prunings(plans)
+    todo = [p for p in plans if p.removals]
+    total = screen.size(sum(p.bytes for p in todo))
+    if not yes or not todo:
+        print(f"{total} can go; nothing was removed; next: the same with --yes" if todo else "nothing can go")
+        return
+    for plan in todo:
+        pruning.free(plan)
+        print(f"{plan.run.name}: freed {screen.size(plan.bytes)}")
+
+
+@app.command()
 def train(
     file: Annotated[Path, typer.Argument(help="One experiment file.")],
     set_: Sets = None,
