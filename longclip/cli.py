@@ -6,9 +6,11 @@ Nothing heavy is imported here or by what the front's commands call: ``--help``,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -306,15 +308,29 @@ def collect(
 
 
 @app.command()
-def sync(target: Target = None, site: SiteName = None, runs: Runs = None) -> None:
-    """Replay journals into MLflow: one run, one curve. Any number of times."""
-    _sync(_find(site, runs, target), _site(site, runs))
+def sync(
+    target: Target = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until all runs have ended.")] = False,
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """Replay journals into MLflow: one run, one curve. Any number of times, from any machine."""
+    from longclip.launch.tracking import keep_synced
+
+    found, profile = _find(site, runs, target), _site(site, runs)
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            keep_synced(
+                found, profile.tracking_uri, lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+            )
+    else:
+        _sync(found, profile)
 
 
 def _sync(found: Sequence[Any], profile: Any) -> None:
-    from longclip.track.mlflow import sync as replay
+    from longclip.launch.tracking import sync_runs
 
-    report = replay(found, profile.tracking_uri)
+    report = sync_runs(found, profile.tracking_uri)
     look = f"mlflow ui --backend-store-uri {report.uri}" if report.uri.startswith("sqlite") else report.uri
     print(f"MLflow: {report}    look: {look}")
 

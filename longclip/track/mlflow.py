@@ -43,6 +43,8 @@ STATUS = {
 """A run's state -> what MLflow shows; all other states are FAILED"""
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """A server that does not answer is given up in under a minute; by default MLflow tries for a quarter of an hour"""
+SILENT = 50.0
+"""Seconds after which who syncs with a server, and renews its lease at every request, counts as killed"""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _sync(
     begun = [r for r in runs if any(a.started or a.ended for a in attempts_of(r))]
     done = []
     for run in begun:
-        with contextlib.nullcontext(held) if held else Lease(run.path / ".mlflow.lock") as lease:
+        with contextlib.nullcontext(held) if held else Lease(run.path / ".mlflow.lock", SILENT) as lease:
             done.append(_replay(run, client, uri, states.get(run.path), artifacts, lease))
     return SyncReport(uri, tuple(done), len(runs) - len(begun))
 
@@ -142,6 +144,7 @@ def _replay(run: RunFolder, client: Any, uri: str, state: str | None, artifacts:
     if known is None:
         started = [float(a.started["time"]) for a in attempts if a.started and "time" in a.started]
         place = _experiment(client, name, artifacts)
+        lease.renew()
         known = client.create_run(place, start_time=_ms(min(started)) if started else None, run_name=run.name)
         sent = 0
     run_id = known.info.run_id
@@ -153,8 +156,11 @@ def _replay(run: RunFolder, client: Any, uri: str, state: str | None, artifacts:
     absent = {k: v for k, v in params.items() if v is not None and _key(k) not in known.data.params}
     for part in _parts(list(absent.items()), PARAMS_A_CALL):
         client.log_batch(run_id, params=[Param(_key(k), str(v)[:PARAM_LENGTH]) for k, v in part])
+        lease.renew()
     client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in _tags(run, attempts, experiment).items()])
+    lease.renew()
     client.log_inputs(run_id, _datasets(run, experiment))
+    lease.renew()
 
     # From the last position sent, and that one again: the journal may have had only half of its points then. Not so if
     # the checkpoint there turned out to be broken, and a later attempt came by once more: its points have other times.
