@@ -336,15 +336,29 @@ def collect(
 
 
 @app.command()
-def sync(target: Target = None, site: SiteName = None, runs: Runs = None) -> None:
-    """Replay journals into MLflow: one run, one curve. Any number of times."""
-    _sync(_find(site, runs, target), _site(site, runs))
+def sync(
+    target: Target = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until all runs have ended.")] = False,
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """Replay journals into MLflow: one run, one curve. Any number of times, from any machine."""
+    from longclip.launch.tracking import keep_synced
+
+    found, profile = _find(site, runs, target), _site(site, runs)
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            keep_synced(
+                found, profile.tracking_uri, lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+            )
+    else:
+        _sync(found, profile)
 
 
 def _sync(found: Sequence[Any], profile: Any) -> None:
-    from longclip.track.mlflow import sync as replay
+    from longclip.launch.tracking import sync_runs
 
-    report = replay(found, profile.tracking_uri)
+    report = sync_runs(found, profile.tracking_uri)
     look = f"mlflow ui --backend-store-uri {report.uri}" if report.uri.startswith("sqlite") else report.uri
     print(f"MLflow: {report}    look: {look}")
 
@@ -377,6 +391,30 @@ def site_init(
     ask = None if yes or not sys.stdin.isatty() else typer.prompt
     file, site = write_profile(name, dest, ask)
     print(f"wrote {file}\nnext: longclip doctor --site {site}")
+
+
+@app.command()
+def prune(
+    target: Target = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only shown.")] = False,
+    keep_last: Annotated[int, typer.Option("--keep-last", min=1, help="Newest checkpoints to keep.")] = 1,
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """Free disk: old, broken and half-written checkpoints. A file `pinned` in a checkpoint's folder keeps it."""
+    from longclip import screen
+    from longclip.launch import prune as pruning
+
+    plans = pruning.plan(_find(site, runs, target), keep_last)
+    screen.print_prunings(plans)
+    todo = [p for p in plans if p.removals]
+    total = screen.size(sum(p.bytes for p in todo))
+    if not yes or not todo:
+        print(f"{total} can go; nothing was removed; next: the same with --yes" if todo else "nothing can go")
+        return
+    for plan in todo:
+        pruning.free(plan)
+        print(f"{plan.run.name}: freed {screen.size(plan.bytes)}")
 
 
 @app.command()

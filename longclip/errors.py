@@ -4,13 +4,18 @@
     ├── UserError            2   the user's input: an experiment file, an argument, a dataset
     │   └── ExperimentError  2   ... in an experiment file, with file, line and key
     └── SiteError            3   the environment: Slurm, MLflow, the disk, the model hub
+        └── NoSpace          3   ... a disk is full, or a quota is reached
 
 A message says what is wrong and where, what would be valid, and (``hint``) what to do next.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class LongclipError(Exception):
@@ -37,6 +42,24 @@ class SiteError(LongclipError):
     """The surroundings do not allow it: no Slurm, a full disk, an unreachable hub."""
 
     exit_code = 3
+
+
+class NoSpace(SiteError):
+    """The disk is full, or over quota. What had been published before is whole, and the run continues from there."""
+
+
+@contextlib.contextmanager
+def told_as_no_space(path: Path) -> Iterator[None]:
+    """Raises NoSpace in place of the OSError of a full disk; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise NoSpace(
+            f"no room left: {path}: {error.strerror}",
+            "make room (longclip prune shows what can go), then submit again; the run continues",
+        ) from error
 
 
 @dataclass(frozen=True)

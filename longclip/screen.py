@@ -18,6 +18,7 @@ from longclip.launch.status import statuses
 from longclip.run.folder import RunFolder
 
 if TYPE_CHECKING:
+    from longclip.launch.prune import Pruning
     from longclip.launch.site import Site
     from longclip.launch.submit import Plan
 
@@ -105,6 +106,24 @@ def status_table(runs: Sequence[RunFolder]) -> Table:
             escape(r.note),  # notes quote error messages, which may hold brackets
         )
     return table
+
+
+def print_prunings(prunings: Sequence[Pruning]) -> None:
+    """One row a run: what can go, what stays."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("run", "state", "frees", "can go", "stays"):
+        table.add_column(column, justify="right" if column == "frees" else "left", overflow="fold")
+    for p in prunings:
+        going = "; ".join(f"{r.path.name} ({r.why})" for r in p.removals)
+        stays = ", ".join(f"{name} ({why})" for name, why in p.kept.items())
+        left_alone = f"left alone: {p.note}" if p.note else ""
+        table.add_row(p.run.name, p.state, size(p.bytes), escape(going or "-"), escape(left_alone or stays or "-"))
+    out.print(table)
+
+
+def size(number: int) -> str:
+    """``4.5 GB``; GB are 10^9 bytes, as in what quotas and disks are sold by."""
+    return f"{number / 1e9:.1f} GB" if number >= 5e7 else f"{number / 1e6:.1f} MB"
 
 
 def watch(runs: Sequence[RunFolder], until: Callable[[], bool] | None = None) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from longclip.errors import told_as_no_space
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder
 
@@ -33,22 +34,30 @@ class Point:
 
 
 class Journal:
-    """Appends points to an attempt's journal. ``flush`` before anything that must not be ahead of it."""
+    """Appends points to an attempt's journal. ``flush`` before anything that must not be ahead of it.
+
+    All of it raises NoSpace where the disk is full. A line that was cut by it is dropped by readers.
+    """
 
     def __init__(self, file: Path) -> None:
-        self._file: TextIO = file.open("a", encoding="utf-8")
+        self._path = file
+        with told_as_no_space(file):
+            self._file: TextIO = file.open("a", encoding="utf-8")
 
     def write(self, step: int, samples: int, metrics: Mapping[str, float], when: float | None = None) -> None:
         line = {"t": round(when or time.time(), 3), "step": step, "samples": samples, "metrics": dict(metrics)}
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        with told_as_no_space(self._path):
+            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
     def flush(self) -> None:
-        self._file.flush()
-        # On NFS a checkpoint could otherwise be seen before the points that it covers.
-        os.fsync(self._file.fileno())
+        with told_as_no_space(self._path):
+            self._file.flush()
+            # On NFS a checkpoint could otherwise be seen before the points that it covers.
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with told_as_no_space(self._path):
+            self._file.close()
 
 
 def read_points(file: Path) -> list[Point]:

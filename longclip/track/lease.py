@@ -24,17 +24,22 @@ STALE = 600.0
 class Lease:
     """Held inside ``with``: a file that one process creates (O_EXCL), with its host, process id and time.
 
-    It is taken over when that process is gone from this host, or when it was not renewed for ``STALE`` seconds.
-    Entering raises SiteError, naming the holder, when it is not free within ``WAIT`` seconds.
+    It is taken over when that process is gone from this host, when it was not renewed for ``STALE`` seconds by the
+    clocks, or, where ``quiet`` is given, when this process has seen it for so many seconds without being renewed
+    (clocks of hosts differ). Entering raises SiteError, naming the holder, when it is not free within ``WAIT`` seconds.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, quiet: float | None = None) -> None:
         self.file = file
+        self._quiet = quiet
         self._token = uuid.uuid4().hex
 
     def __enter__(self) -> Lease:
-        deadline = time.monotonic() + WAIT
-        while not self._take():
+        seen, unchanged = self._sign(), time.monotonic()
+        deadline = unchanged + WAIT
+        while not self._take(seen[0] if self._quiet and time.monotonic() - unchanged > self._quiet else None):
+            if seen != (seen := self._sign()):
+                unchanged = time.monotonic()
             if time.monotonic() > deadline:
                 holder = self._holder()
                 since = datetime.fromtimestamp(holder.get("time", 0)).isoformat(" ", "seconds")
@@ -54,11 +59,11 @@ class Lease:
         with contextlib.suppress(FileNotFoundError):
             os.utime(self.file)
 
-    def _take(self) -> bool:
+    def _take(self, abandoned: str | None) -> bool:
         try:
             handle = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            self._clear()
+            self._clear(abandoned)
             return False
         with os.fdopen(handle, "w", encoding="utf-8") as f:
             json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": self._token}, f)
@@ -70,14 +75,24 @@ class Lease:
         except (FileNotFoundError, ValueError):  # let go, or not written yet
             return {}
 
-    def _clear(self) -> None:
-        """Removes the lock file if its holder is gone."""
+    def _sign(self) -> tuple[str | None, float | None]:
+        """What changes whenever the lease is taken or renewed."""
+        token = self._holder().get("token")  # opening the file makes an NFS client ask for its times again
+        try:
+            return token, self.file.stat().st_mtime
+        except FileNotFoundError:
+            return None, None
+
+    def _clear(self, abandoned: str | None) -> None:
+        """Removes the lock file if its holder is gone, or has the token ``abandoned``."""
         holder = self._holder()
         try:
             old = time.time() - self.file.stat().st_mtime > STALE
         except FileNotFoundError:
             return
-        if not old and not (holder.get("host") == socket.gethostname() and not _alive(holder["pid"])):
+        here = holder.get("host") == socket.gethostname()
+        given_up = abandoned is not None and holder.get("token") == abandoned
+        if not given_up and not old and not (here and not _alive(holder["pid"])):
             return
         # Two may find it abandoned. Whoever makes this marker removes it, if it is still the same: it must not be the
         # next one's fresh lock.

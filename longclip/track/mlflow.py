@@ -16,13 +16,15 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from longclip.errors import SiteError, UserError
+from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.identity import flatten
+from longclip.run import checkpoints
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json, write_json
 from longclip.run.journal import Point, effective, text_shares
@@ -32,8 +34,17 @@ T = TypeVar("T")
 
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits, as are the two below
 PARAM_LENGTH, DIGEST_LENGTH = 6000, 36
+STATUS = {
+    "finished": "FINISHED",
+    "running": "RUNNING",
+    **dict.fromkeys(("queued", "waiting"), "SCHEDULED"),
+    **dict.fromkeys(("interrupted", "cancelled", "lost", "preempted", "timed out", "node failed"), "KILLED"),
+}
+"""A run's state -> what MLflow shows; all other states are FAILED"""
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
 """A server that does not answer is given up in under a minute; by default MLflow tries for a quarter of an hour"""
+SILENT = 50.0
+"""Seconds after which who syncs with a server, and renews its lease at every request, counts as killed"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,9 @@ class Synced:
     run_id: str
     experiment: str
     status: str
-    """FINISHED, FAILED, KILLED, or RUNNING (queued and interrupted runs too: they go on)"""
+    """as MLflow shows it: FINISHED; RUNNING; SCHEDULED (has begun and waits for its next job); KILLED (stopped, and
+    ``longclip submit`` or ``retry`` continues it: cancelled, lost, interrupted with no job queued); FAILED (ended by
+    itself: crashed, diverged, ...)"""
     samples: int
     """sent up to here"""
     points: int
@@ -68,17 +81,18 @@ class SyncReport:
         return f"{names} ({', '.join(words)})"
 
 
-def sync(runs: Sequence[RunFolder], uri: str, artifacts: Path | None = None) -> SyncReport:
+def sync(runs: Sequence[RunFolder], uri: str, states: Mapping[Path, str] | None = None) -> SyncReport:
     """Replays the journals of ``runs`` into the MLflow store at ``uri``. Any number of times, by any number at once.
 
-    ``artifacts`` is where new experiments of an SQLite store keep files, by default ``mlartifacts`` beside it (MLflow
-    would put them into the working folder).
+    ``states`` holds, by run folder, what the scheduler and the records say together (``launch.status``). Without it
+    a run that was killed before it could leave a verdict shows as RUNNING.
 
     Raises:
         UserError: ``uri`` is neither http(s) nor SQLite.
         SiteError: the store cannot be reached or written, or another writer does not let go of it.
     """
     database = _database(uri)
+    states = states or {}
     shown = _without_login(uri) if database is None else f"sqlite:///{database}"
     with _patient(), _as_site_error(shown, uri):
         from mlflow import MlflowClient
@@ -87,89 +101,107 @@ def sync(runs: Sequence[RunFolder], uri: str, artifacts: Path | None = None) -> 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         if database is None:
-            return _sync(runs, MlflowClient(tracking_uri=uri), shown, None, None)
+            return _sync(runs, MlflowClient(tracking_uri=uri), shown, states, None, None)
         database.parent.mkdir(parents=True, exist_ok=True)
         with Lease(database.with_name(f"{database.name}.lock")) as lease:
             # The first client of a fresh database creates its tables, which must not happen twice at once.
-            place = (artifacts or database.parent / "mlartifacts").resolve().as_uri()
-            return _sync(runs, MlflowClient(tracking_uri=uri), shown, place, lease)
+            # MLflow would put artifacts into the working folder.
+            place = (database.parent / "mlartifacts").as_uri()
+            return _sync(runs, MlflowClient(tracking_uri=uri), shown, states, place, lease)
 
 
 # ---- one run -----------------------------------------------------------------------------------------------------
 
 
-def _sync(runs: Sequence[RunFolder], client: Any, uri: str, artifacts: str | None, held: Lease | None) -> SyncReport:
+def _sync(
+    runs: Sequence[RunFolder],
+    client: Any,
+    uri: str,
+    states: Mapping[Path, str],
+    artifacts: str | None,
+    held: Lease | None,
+) -> SyncReport:
     begun = [r for r in runs if any(a.started or a.ended for a in attempts_of(r))]
     done = []
     for run in begun:
-        with contextlib.nullcontext(held) if held else Lease(run.path / ".mlflow.lock") as lease:
-            done.append(_replay(run, client, uri, artifacts, lease))
+        with contextlib.nullcontext(held) if held else Lease(run.path / ".mlflow.lock", SILENT) as lease:
+            done.append(_replay(run, client, uri, states.get(run.path), artifacts, lease))
     return SyncReport(uri, tuple(done), len(runs) - len(begun))
 
 
-def _replay(run: RunFolder, client: Any, uri: str, artifacts: str | None, lease: Lease) -> Synced:
+def _replay(run: RunFolder, client: Any, uri: str, state: str | None, artifacts: str | None, lease: Lease) -> Synced:
     from mlflow.entities import Metric, Param, RunTag
 
     attempts = attempts_of(run)
     experiment = run.experiment()
     last = attempts[-1]
-    status = _status(last)
+    status = _status(last, state)
     # The checkpoint is read before the journal, which was flushed before it: what is durable is then all seen.
     limit = math.inf if status == "FINISHED" else _durable(run)
     points = effective(run)
     name = experiment.track.experiment or run.sweep
-    known, sent = _claimed(run, client, uri)
+    known, sent, sender = _claimed(run, client, uri)
     if known is None:
         started = [float(a.started["time"]) for a in attempts if a.started and "time" in a.started]
         place = _experiment(client, name, artifacts)
+        lease.renew()
         known = client.create_run(place, start_time=_ms(min(started)) if started else None, run_name=run.name)
         sent = 0
     run_id = known.info.run_id
-    write_json(run.path / "mlflow.json", {"run_id": run_id, "uri": uri, "samples": sent})
+    record = {"run_id": run_id, "uri": uri, "samples": sent, "attempt": sender}
+    write_json(run.path / "mlflow.json", record)
 
     params = flatten(experiment.model_dump(mode="json", exclude={"slurm"}))
     # Parameters never change in MLflow: the first attempt's stay.
     absent = {k: v for k, v in params.items() if v is not None and _key(k) not in known.data.params}
     for part in _parts(list(absent.items()), PARAMS_A_CALL):
         client.log_batch(run_id, params=[Param(_key(k), str(v)[:PARAM_LENGTH]) for k, v in part])
+        lease.renew()
     client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in _tags(run, attempts, experiment).items()])
+    lease.renew()
     client.log_inputs(run_id, _datasets(run, experiment))
+    lease.renew()
 
-    # From the last position sent, and that one again: the journal may have had only half of its points then.
-    new = [p for p in points if sent <= p.samples <= limit]
+    # From the last position sent, and that one again: the journal may have had only half of its points then. Not so if
+    # the checkpoint there turned out to be broken, and a later attempt came by once more: its points have other times.
+    after = sent if _passed(attempts, sent) == sender else sent + 1
+    new = [p for p in points if after <= p.samples <= limit]
     metrics = [Metric(_key(k), float(v), _ms(p.time), p.samples) for p in new for k, v in p.metrics.items()]
     metrics += [Metric(k, v, t, step) for k, v, t, step in _finals(run, last, points, experiment)]
     for part in _parts(metrics, METRICS_A_CALL):
         client.log_batch(run_id, metrics=part)
         lease.renew()
-    sent = new[-1].samples if new else sent
+    if new:
+        sent = new[-1].samples
+        sender = _passed(attempts, sent)
     if status != known.info.status:
-        ended = (last.ended or {}).get("time")
-        if status == "RUNNING":
+        if status in ("RUNNING", "SCHEDULED"):
             client.update_run(run_id, status=status)
         else:
-            client.set_terminated(run_id, status, _ms(ended) if ended else None)
-    write_json(run.path / "mlflow.json", {"run_id": run_id, "uri": uri, "samples": sent})
+            client.set_terminated(run_id, status, _ms(_end(last, points)))
+    write_json(run.path / "mlflow.json", {**record, "samples": sent, "attempt": sender})
     return Synced(run.name, run_id, name, status, sent, len(new))
 
 
-def _claimed(run: RunFolder, client: Any, uri: str) -> tuple[Any, int]:
-    """The MLflow run that stands for ``run`` in this store and the position sent, or None."""
+def _claimed(run: RunFolder, client: Any, uri: str) -> tuple[Any, int, int]:
+    """The MLflow run that stands for ``run`` in this store, or None; the position sent, and by which attempt."""
     from mlflow.exceptions import MlflowException
 
     try:
         record = read_json(run.path / "mlflow.json")
         known = client.get_run(record["run_id"])
     except (FileNotFoundError, ValueError, KeyError):
-        return None, 0
+        return None, 0, 0
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
-        return None, 0
+        return None, 0, 0
     if known.info.lifecycle_stage != "active":
-        return None, 0
+        return None, 0, 0
     # Known under another address: a moved store, or an older copy of it. All is sent again, and stored once.
-    return known, int(record["samples"]) if record.get("uri") == uri else 0
+    if record.get("uri") != uri:
+        return known, 0, 0
+    return known, int(record["samples"]), int(record.get("attempt", 0))
 
 
 def _experiment(client: Any, name: str, artifacts: str | None) -> str:
@@ -192,21 +224,33 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
     return str(known.experiment_id)
 
 
-def _status(last: Attempt) -> str:
+def _status(last: Attempt, state: str | None) -> str:
+    """MLflow's word for ``state``; without one, for what the last attempt recorded."""
     verdict = (last.ended or {}).get("verdict")
-    if verdict == FINISHED:
-        return "FINISHED"
-    if verdict not in (None, INTERRUPTED):
-        return "FAILED"
-    return "KILLED" if (last.path / "cancelled.json").exists() else "RUNNING"
+    if state is None or state == "unknown":
+        if verdict is None:
+            return "KILLED" if (last.path / "cancelled.json").exists() else "RUNNING"
+        waits = verdict == INTERRUPTED and not (last.path / "cancelled.json").exists()
+        state = "queued" if waits else "cancelled" if verdict == INTERRUPTED else str(verdict)
+    return STATUS.get(state, "FAILED")
+
+
+def _end(last: Attempt, points: Sequence[Point]) -> float:
+    """When the run ended, in seconds since 1970; for one that was killed, its last sign of life."""
+    times = [(last.ended or {}).get("time"), points[-1].time if points else None, (last.started or {}).get("time")]
+    return float(next((t for t in times if t), 0)) or time.time()
+
+
+def _passed(attempts: Sequence[Attempt], samples: int) -> int:
+    """The attempt whose point at ``samples`` counts: the last that began before it; 0 where there is none."""
+    return max((a.number for a in attempts if a.resumed_at is not None and a.resumed_at < samples), default=0)
 
 
 def _durable(run: RunFolder) -> float:
-    """Samples seen at the checkpoint that ``latest`` names; -1 where there is none."""
+    """Samples seen at the newest checkpoint that was published; -1 where there is none."""
     try:
-        newest = read_json(run.checkpoints / "latest")["checkpoint"]
-        return int(read_json(run.checkpoints / str(newest) / "state.json")["samples"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(checkpoints.state_of(checkpoints.published(run.checkpoints)[-1])["samples"])
+    except (OSError, LongclipError, IndexError, KeyError, TypeError):
         return -1
 
 

@@ -1,12 +1,5 @@
 """Checkpoints that any ZeRO stage on any number of ranks continues, and that are never found half-written.
 
-    checkpoints/step-00000123/weights.safetensors      fp32, by parameter name
-                              exp_avg.safetensors      Adam's first moment, same names
-                              exp_avg_sq.safetensors   Adam's second moment, same names
-                              state.json               step, samples, ... and the optimizer's own step
-                              manifest.json            size and sha256 of each file above, written last
-    checkpoints/latest        {"checkpoint": "step-00000123"}, moved last of all
-
 DeepSpeed's own checkpoints are cut by rank and stage, and with another number of ranks they do not load. Here weights
 and moments are read out of the engine as whole tensors and set into it again:
 
@@ -18,11 +11,11 @@ and moments are read out of the engine as whole tensors and set into it again:
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -33,16 +26,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longclip.errors import LongclipError, SiteError
+from longclip.errors import LongclipError, SiteError, told_as_no_space
+from longclip.run import checkpoints
+from longclip.run.checkpoints import LATEST, MANIFEST, MOMENTS, STATE, WEIGHTS
 from longclip.train.ranks import Ranks
 
 T = TypeVar("T")
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-WEIGHTS = "weights"
-STATE = "state.json"
-MANIFEST = "manifest.json"
-LATEST = "latest"
 
 
 def save(
@@ -52,17 +41,19 @@ def save(
     state: dict[str, Any],
     ranks: Ranks,
     fence: Callable[[], None] | None = None,
-) -> Path:
-    """Write ``folder/name`` and make it the latest. Collective; the engine must have taken a step.
+) -> float:
+    """Write ``folder/name`` and make it the latest; the seconds that it took. Collective, after a step at least.
 
     Rank 0 writes aside, fsyncs, and renames. ``fence`` raises where this attempt has been superseded; it is asked
     before a folder of the run is touched, and again before ``latest`` moves. ``name`` sorts by age
     (``step-00000123``); a folder of that name, left by an attempt that died before it moved ``latest``, is replaced.
 
-    Raises on all ranks: SiteError where the disk fails, is full or over quota, what ``fence`` raised, LongclipError
-    for anything else that fails on rank 0. The checkpoints that were there before stay whole, and so does ``latest``.
+    Raises on all ranks: NoSpace where the disk is full or over quota, SiteError where it fails, what ``fence`` raised,
+    LongclipError for anything else that fails on rank 0. The checkpoints that were there before stay whole, and so
+    does ``latest``; what this one had written is removed.
     """
-    aside = folder / f".{name}.{os.getpid()}.tmp"
+    begun = time.monotonic()
+    aside = checkpoints.aside(folder / name)  # rank 0's; the others' is never made
     files: dict[str, dict[str, Any]] = {}
     try:
         _on_rank_0(ranks, folder, partial(aside.mkdir, parents=True, exist_ok=True))
@@ -73,10 +64,11 @@ def save(
                     tensors[parameter] = tensor.to("cpu", torch.float32).contiguous()
             files[f"{kind}.safetensors"] = _on_rank_0(ranks, folder, partial(_write_tensors, aside, kind, tensors))
         state = {**state, "optimizer_step": _optimizer_step(engine)}
-        return _on_rank_0(ranks, folder, partial(_publish, aside, folder / name, state, files, fence))
+        _on_rank_0(ranks, folder, partial(_publish, aside, folder / name, state, files, fence))
     finally:
         if ranks.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
+    return time.monotonic() - begun
 
 
 def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
@@ -87,7 +79,7 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
 
     Raises LongclipError, on all ranks, where a file is broken, or where parameters differ in name or shape.
     """
-    _on_rank_0(ranks, path, partial(_verify, path))
+    _on_rank_0(ranks, path, partial(checkpoints.verify, path))
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     with safe_open(path / f"{WEIGHTS}.safetensors", framework="pt") as saved:
         names = saved.keys()
@@ -102,36 +94,9 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
     return state
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint that can be continued from, or None. Not collective: rank 0 asks and tells the others.
-
-    It is the one that ``folder/latest`` names, if all its files are those that its manifest lists. A broken one is set
-    aside as ``broken-<name>``, and the next older intact one is taken. A newer one was never published.
-    """
-    for path in reversed(_published(folder)):
-        try:
-            _verify(path)
-        except LongclipError:
-            broken = folder / f"broken-{path.name}"
-            _remove(broken)
-            path.rename(broken)
-        else:
-            return path
-    return None
-
-
-def retain(folder: Path, last: int, best: str | None) -> None:
-    """Remove all checkpoints but the ``last`` newest, ``best``, and the one that ``folder/latest`` names.
-
-    Also removes what killed attempts left half-written. Broken checkpoints that were set aside stay. Only for rank 0
-    of the attempt that owns the run.
-    """
-    published = _published(folder)
-    for path in published[:-last]:
-        if path.name != best:
-            _remove(path)
-    for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def newest(folder: Path, ranks: Ranks) -> Path | None:
+    """Rank 0's :func:`longclip.run.checkpoints.latest` on all ranks; where it raises, all do. Collective."""
+    return _on_rank_0(ranks, folder, partial(checkpoints.latest, folder))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -247,14 +212,12 @@ def _on_rank_0(ranks: Ranks, path: Path, act: Callable[[], T]) -> T:
     cause: Exception | None = None
     if ranks.rank == 0:
         try:
-            result = act()
+            with told_as_no_space(path):
+                result = act()
         except LongclipError as caught:
             error = cause = caught
         except OSError as caught:
-            full = caught.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = f"{'no room left: ' if full else ''}{path}: {caught.strerror or caught}"
-            error = SiteError(what, hint="make room, then submit again; the run continues" if full else None)
-            cause = caught
+            error, cause = SiteError(f"{path}: {caught.strerror or caught}"), caught
         except Exception as caught:
             error, cause = LongclipError(f"{path}: {caught!r}"), caught
     result, error = ranks.tell((result, error))
@@ -269,23 +232,25 @@ def _write_tensors(folder: Path, kind: str, tensors: dict[str, Tensor]) -> dict[
 
 def _publish(
     aside: Path, path: Path, state: dict[str, Any], files: dict[str, Any], fence: Callable[[], None] | None
-) -> Path:
-    """Complete the folder ``aside``, make it ``path``, and let ``latest`` name it."""
+) -> None:
+    """Complete the folder ``aside``, make it ``path``, and let ``latest`` name it.
+
+    ``latest`` is written with the rest: once the folder has its name, nothing needs room any more.
+    """
     files = {**files, STATE: _write(aside / STATE, _json(state))}
     _write(aside / MANIFEST, _json({"files": files}))
+    _write(aside / LATEST, _json({"checkpoint": path.name}))
     _sync(aside)
     if fence:
         fence()
-    _remove(path)
+    checkpoints.remove(path)
     aside.rename(path)
     _sync(path.parent)
     if fence:
         fence()
-    moving = path.parent / f".{LATEST}.{os.getpid()}.tmp"
-    _write(moving, _json({"checkpoint": path.name}))
-    moving.replace(path.parent / LATEST)
+    (path / LATEST).replace(path.parent / LATEST)
+    _sync(path)
     _sync(path.parent)
-    return path
 
 
 def _json(content: dict[str, Any]) -> bytes:
@@ -308,41 +273,3 @@ def _sync(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder if it is there; it loses its name first, so that none is ever seen half removed."""
-    if path.exists():
-        going = path.with_name(f".{path.name}.gone.{os.getpid()}.tmp")
-        path.rename(going)
-        shutil.rmtree(going)
-
-
-def _published(folder: Path) -> list[Path]:
-    """Checkpoint folders up to the one that ``latest`` names, oldest first, broken or not."""
-    try:
-        newest = json.loads((folder / LATEST).read_text())["checkpoint"]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        raise LongclipError(
-            f"{folder / LATEST} is not what was written: {error!r}",
-            hint='write {"checkpoint": "NAME"} into it, with the name of a folder beside it',
-        ) from error
-    return sorted(path for path in folder.glob("step-*") if path.name <= newest)
-
-
-def _verify(path: Path) -> None:
-    """Raise LongclipError unless the files of a checkpoint are all there, and those that were written.
-
-    An I/O error is no proof that a file is broken, and is raised as it is.
-    """
-    try:
-        listed = json.loads((path / MANIFEST).read_text())["files"]
-        for name in (*(f"{kind}.safetensors" for kind in (WEIGHTS, *MOMENTS)), STATE):
-            with open(path / name, "rb") as file:
-                same = os.fstat(file.fileno()).st_size == listed[name]["size"]
-                if not same or hashlib.file_digest(file, "sha256").hexdigest() != listed[name]["sha256"]:
-                    raise LongclipError(f"{path / name} is broken: its content is not what {MANIFEST} says")
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise LongclipError(f"{path} is broken: {error!r}") from error

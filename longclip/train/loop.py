@@ -28,6 +28,7 @@ from longclip.evaluate.retrieval import ceiling, evaluate
 from longclip.experiment.schema import Experiment, Model, parse_interval
 from longclip.model.clip import DualEncoder, build
 from longclip.model.towers import pixels_of
+from longclip.run import checkpoints
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt
 from longclip.run.folder import RunFolder, write_json
 from longclip.run.journal import SAVE_SECONDS, Journal
@@ -109,7 +110,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     total_steps = steps_of(experiment, len(train_set))
     engine = engines.start(model, experiment, ranks)
     state: dict[str, Any] = {"step": 0, "samples": 0, "best": None}
-    source = ranks.tell(checkpoint.latest(job.run.checkpoints) if ranks.rank == 0 else None)
+    source = checkpoint.newest(job.run.checkpoints, ranks)
     if source is not None:
         state = checkpoint.restore(engine, source, ranks)
     journal = Journal(job.attempt.journal) if ranks.rank == 0 else None
@@ -139,14 +140,13 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         nonlocal saved, saved_at
         if journal:
             journal.flush()
-        begun = time.monotonic()
         name = f"step-{state['step']:08d}"
-        checkpoint.save(engine, job.run.checkpoints, name, state, ranks, fence=job.attempt.fence)
+        seconds = checkpoint.save(engine, job.run.checkpoints, name, state, ranks, fence=job.attempt.fence)
         if ranks.rank == 0:
             keep = state["best"]["checkpoint"] if state["best"] else None
-            checkpoint.retain(job.run.checkpoints, experiment.checkpoint.keep.last, keep)
+            checkpoints.retain(job.run.checkpoints, experiment.checkpoint.keep.last, keep)
         if journal:
-            journal.write(state["step"], state["samples"], {SAVE_SECONDS: time.monotonic() - begun})
+            journal.write(state["step"], state["samples"], {SAVE_SECONDS: seconds})
         saved, saved_at = state["samples"], time.monotonic()
         alive()
 

@@ -131,18 +131,28 @@ def test_what_mlflow_shows_of_a_run(tmp_path: Path, store: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "cancelled", "status"),
+    ("verdict", "cancelled", "state", "status"),
     [
-        ("finished", False, "FINISHED"),
-        ("crashed", False, "FAILED"),
-        ("diverged", True, "FAILED"),
-        ("interrupted", False, "RUNNING"),
-        ("interrupted", True, "KILLED"),
-        (None, True, "KILLED"),
-        (None, False, "RUNNING"),
+        ("finished", False, None, "FINISHED"),
+        ("crashed", False, None, "FAILED"),
+        ("diverged", True, None, "FAILED"),
+        ("interrupted", False, None, "SCHEDULED"),
+        ("interrupted", True, None, "KILLED"),
+        (None, True, None, "KILLED"),
+        (None, False, None, "RUNNING"),
+        # The scheduler has been asked, too.
+        (None, False, "lost", "KILLED"),
+        (None, False, "running", "RUNNING"),
+        (None, False, "queued", "SCHEDULED"),
+        (None, False, "unknown", "RUNNING"),
+        ("interrupted", False, "interrupted", "KILLED"),
+        ("interrupted", False, "queued", "SCHEDULED"),
+        ("hung", False, "hung", "FAILED"),
     ],
 )
-def test_status(tmp_path: Path, store: str, verdict: str | None, cancelled: bool, status: str) -> None:
+def test_status(
+    tmp_path: Path, store: str, verdict: str | None, cancelled: bool, state: str | None, status: str
+) -> None:
     run = make_run(tmp_path, experiment(), "status")
     attempt = add_attempt(run, 0)
     train(attempt, 0, 300, 60)
@@ -150,8 +160,11 @@ def test_status(tmp_path: Path, store: str, verdict: str | None, cancelled: bool
         end(attempt, verdict, 300, 100)
     if cancelled:
         write_json(attempt.path / "cancelled.json", {})
-    (one,) = sync([run], store).runs
-    assert one.status == client(store).get_run(one.run_id).info.status == status
+    (one,) = sync([run], store, {run.path: state} if state else None).runs
+    shown = client(store).get_run(one.run_id).info
+    assert one.status == shown.status == status
+    if status in ("KILLED", "FAILED", "FINISHED"):
+        assert shown.end_time == round((START + (100 if verdict else 80)) * 1000), "the verdict's, or the last point's"
     # Nothing is durable without a checkpoint.
     assert len(history(store, one.run_id, "train/loss")) == (3 if verdict == "finished" else 0)
 
@@ -199,7 +212,25 @@ def test_another_store_gets_a_run_of_its_own_and_all_points(tmp_path: Path, stor
     after = sync([run], other).runs[0].run_id
     assert after != before
     assert len(history(other, after, "train/loss")) == 7
-    assert read_json(run.path / "mlflow.json") == {"run_id": after, "uri": other, "samples": 700}
+    assert read_json(run.path / "mlflow.json") == {"run_id": after, "uri": other, "samples": 700, "attempt": 2}
+
+
+def test_what_a_broken_checkpoint_covered_is_not_sent_twice(tmp_path: Path, store: str) -> None:
+    """All up to 700 was durable and sent; then the checkpoint there turned out to be broken, and 600 was taken."""
+    run = make_run(tmp_path, experiment(), "broken")
+    train(add_attempt(run, 0), 0, 700, 60)
+    for samples in (600, 700):
+        save_checkpoint(run, samples)
+    (before,) = sync([run], store).runs
+    (run.checkpoints / "step-00000007").rename(run.checkpoints / "broken-step-00000007")
+    second = add_attempt(run, 1000)
+    train(second, 600, 600, 1060)
+    assert sync([run], store).runs[0].samples == 700, "while it is on its way"
+    train(second, 600, 900, 1060)
+    save_checkpoint(run, 900)
+    for _ in range(2):
+        assert sync([run], store).runs[0].samples == 900
+        assert [p[0] for p in history(store, before.run_id, "train/loss")] == list(range(100, 901, 100))
 
 
 def test_an_mlflow_run_that_was_deleted_is_made_anew(tmp_path: Path, store: str) -> None:
@@ -276,6 +307,36 @@ def test_a_lease_that_is_held_is_waited_for_and_then_named(tmp_path: Path, monke
     assert read_json(tmp_path / "mlflow.db.lock")["host"] == "r7i4"
 
 
+def test_a_lease_of_another_host_that_falls_silent_is_taken_over(tmp_path: Path) -> None:
+    """Its node was killed in the middle of a sync; that clocks differ does not matter."""
+    file = tmp_path / "run.lock"
+    _lock(file, host="n1")
+    os.utime(file, (time.time() + 3600, time.time() + 3600))
+    with Lease(file, quiet=0.5):
+        assert read_json(file)["pid"] == os.getpid()
+
+
+def test_a_lease_that_is_renewed_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "WAIT", 2.0)
+    file = tmp_path / "run.lock"
+    _lock(file, host="n1")
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(0.1):
+            os.utime(file)
+
+    other = threading.Thread(target=renew)
+    other.start()
+    try:
+        with pytest.raises(SiteError, match="held by process"), Lease(file, quiet=1.0):
+            pass
+    finally:
+        done.set()
+        other.join()
+    assert read_json(file)["host"] == "n1"
+
+
 def test_many_find_an_abandoned_lease_and_one_at_a_time_has_it(tmp_path: Path) -> None:
     file = tmp_path / "db.lock"
     _lock(file, host="elsewhere")
@@ -321,7 +382,8 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
 
 def test_it_does_not_need_torch() -> None:
     check = (
-        "import sys, longclip.track.mlflow as m; assert 'mlflow' not in sys.modules; import mlflow;"
+        "import sys, longclip.track.stream, longclip.launch.tracking, longclip.launch.prune;"
+        "assert 'mlflow' not in sys.modules; import mlflow;"
         "assert not {'torch', 'transformers', 'deepspeed'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", check], check=True)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +66,27 @@ def trained(run_ranks: Callable[[Groups], Groups], checkpoints: Path) -> Groups:
     groups[1] |= {f"diverge zero{stage}": {"do": "diverge", "stage": stage} for stage in STAGES}
     groups[2]["wrong"] = {"do": "wrong", "stage": 1}
     return run_ranks(groups)
+
+
+@pytest.fixture(scope="session")
+def tmpfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """A file system of 3 MB; None where nothing may be mounted."""
+    folder = tmp_path_factory.mktemp("small") / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmpfs: Path | None) -> Path:
+    if tmpfs is None:
+        pytest.skip("a small disk takes a mount, which is not allowed here")
+    return tmpfs

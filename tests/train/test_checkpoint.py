@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longclip.errors import LongclipError
+from longclip.run.checkpoints import latest, verify
 from longclip.train import checkpoint
 from tests.train.conftest import SAVED, STAGES, Groups
 from tests.train.two_towers import TwoTowers
@@ -40,7 +40,7 @@ def named(across: tuple[tuple[int, int], tuple[int, int]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def continued(run_ranks: Callable[[Groups], Groups], trained: Groups, checkpoints: Path) -> Groups:
+def continued(run_ranks: Callable[[Groups], Groups], trained: Groups, checkpoints: Path, tmpfs: Path | None) -> Groups:
     """Steps 10 to 19 of ``trained``, in new processes, from its checkpoints; saves that fail."""
     groups: Groups = {size: {} for size in (1, 2, 3, 4)}
     for ranks, label in SAME:
@@ -51,8 +51,9 @@ def continued(run_ranks: Callable[[Groups], Groups], trained: Groups, checkpoint
         (old_ranks, old_stage), (ranks, stage) = across
         source = checkpoints / f"{old_ranks}-zero{old_stage}" / SAVED
         groups[ranks][named(across)] = {"do": "train", "stage": stage, "last": 20, "restore": str(source)}
-    for how in ("full", "fence"):
-        groups[2][how] = {"do": "failing_save", "stage": 3, "how": how, "folder": str(checkpoints / how)}
+    groups[2]["fence"] = {"do": "superseded_save", "stage": 3, "folder": str(checkpoints / "fence")}
+    if tmpfs:
+        groups[2]["full"] = {"do": "save_on_full_disk", "stage": 3, "folder": str(tmpfs / "ranks")}
     groups[2]["other"] = {"do": "other_model", "stage": 3, "restore": str(checkpoints / "2-zero3" / SAVED)}
     return run_ranks(groups)
 
@@ -89,88 +90,19 @@ def test_another_model_is_refused_by_name(continued: Groups) -> None:
     assert "is of another model, 5 parameters differ: image.0.bias: (21,) here, (19,) there" in error
 
 
-@pytest.mark.parametrize(
-    ("how", "told"), [("full", "SiteError: no room left"), ("fence", "LongclipError: superseded by attempt 2")]
-)
-def test_a_save_that_fails_on_rank_0_fails_on_all(continued: Groups, checkpoints: Path, how: str, told: str) -> None:
-    for caught in continued[2][how]["caught"]:
-        assert caught.startswith(told)
-    assert sorted(path.name for path in (checkpoints / how).iterdir()) == ["latest", "step-00000001"]
-    assert checkpoint.latest(checkpoints / how) == checkpoints / how / "step-00000001"
+def test_a_superseded_save_stops_all_ranks(continued: Groups, checkpoints: Path) -> None:
+    folder = checkpoints / "fence"
+    assert continued[2]["fence"]["caught"] == ["LongclipError: superseded by attempt 2"] * 2
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000001"]
+    assert latest(folder) == folder / "step-00000001"
 
 
-# -- the folder, without DeepSpeed
-
-
-def publish(folder: Path, step: int, fence: Callable[[], None] | None = None) -> Path:
-    name = f"step-{step:08d}"
-    aside = folder / f".{name}.1.tmp"
-    aside.mkdir()
-    kinds = (checkpoint.WEIGHTS, *checkpoint.MOMENTS)
-    tensors = {"w": torch.full((3,), float(step))}
-    files = {f"{kind}.safetensors": checkpoint._write_tensors(aside, kind, tensors) for kind in kinds}
-    return checkpoint._publish(aside, folder / name, {"step": step}, files, fence)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("harm", [truncate, flip_a_bit, Path.unlink])
-@pytest.mark.parametrize("file", ["weights.safetensors", "exp_avg_sq.safetensors", "state.json", "manifest.json"])
-def test_a_broken_checkpoint_is_set_aside(tmp_path: Path, harm: Callable[[Path], None], file: str) -> None:
-    publish(tmp_path, 10)
-    newest = publish(tmp_path, 20)
-    assert checkpoint.latest(tmp_path) == newest
-    harm(newest / file)
-    for _ in range(2):
-        assert checkpoint.latest(tmp_path) == tmp_path / "step-00000010"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken-step-00000020", "latest", "step-00000010"]
-
-
-def test_nothing_to_continue_from(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
-    truncate(publish(tmp_path, 10) / "state.json")
-    assert checkpoint.latest(tmp_path) is None
-
-
-def test_what_was_not_published_is_not_continued_from(tmp_path: Path) -> None:
-    """A fence that falls between the rename and the moving of ``latest``; then the same step saved by another."""
-    asked = []
-
-    def fence() -> None:
-        asked.append(None)
-        if len(asked) == 2:
-            raise LongclipError("superseded")
-
-    publish(tmp_path, 10)
-    with pytest.raises(LongclipError, match="superseded"):
-        publish(tmp_path, 20, fence)
-    assert (tmp_path / "step-00000020").is_dir()
-    assert checkpoint.latest(tmp_path) == tmp_path / "step-00000010"
-    assert checkpoint.latest(publish(tmp_path, 20).parent) == tmp_path / "step-00000020"
-
-
-def test_an_unreadable_latest_is_not_the_same_as_none(tmp_path: Path) -> None:
-    publish(tmp_path, 10)
-    (tmp_path / "latest").write_text("{")
-    with pytest.raises(LongclipError, match="is not what was written"):
-        checkpoint.latest(tmp_path)
-
-
-def test_retain(tmp_path: Path) -> None:
-    for step in (10, 20, 30, 40):
-        publish(tmp_path, step)
-    (tmp_path / ".step-00000050.77.tmp").mkdir()
-    (tmp_path / "broken-step-00000005").mkdir()
-    checkpoint.retain(tmp_path, last=2, best="step-00000010")
-    kept = ["broken-step-00000005", "latest", "step-00000010", "step-00000030", "step-00000040"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == kept
-    checkpoint.retain(tmp_path, last=1, best=None)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken-step-00000005", "latest", "step-00000040"]
+def test_a_full_disk_stops_all_ranks_and_harms_nothing(continued: Groups, small_disk: Path) -> None:
+    folder = small_disk / "ranks"
+    for caught in continued[2]["full"]["caught"]:
+        assert caught.startswith(f"NoSpace: no room left: {folder}: No space left on device")
+    # Then room was made, and the same engine saved the same step.
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+    assert continued[2]["full"]["left"] == ["latest", "step-00000001"]
+    verify(folder / "step-00000001")
+    assert latest(folder) == folder / "step-00000002"

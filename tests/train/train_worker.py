@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,39 +66,50 @@ def wrong(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
         loss.gather = right
 
 
-def failing_save(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
-    """Two checkpoints of which the second fails on rank 0, as ``how`` says; what each rank caught."""
-    running = engine.start(TwoTowers(), experiment(job["stage"]), me)
-    running.backward(loss.contrastive_loss(*running(*own_part(me, *batch(0))), me))
-    engine.step(running)
-    folder = Path(job["folder"])
-    checkpoint.save(running, folder, "step-00000001", {"step": 1}, me)
+def superseded_save(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """Two checkpoints; before the second rank 0 learns that it has been superseded. What each rank caught."""
+    running, folder = saved_once(job, me), Path(job["folder"])
 
     def superseded() -> None:
         raise LongclipError("superseded by attempt 2")
 
-    write = checkpoint._write
+    caught = second_save(running, folder, me, superseded)
+    running.destroy()
+    return {"caught": caught}
 
-    def write_until_full(path: Path, data: bytes) -> Any:
-        if path.name == "exp_avg_sq.safetensors":
-            path.write_bytes(data[: len(data) // 2])
-            raise OSError(28, "No space left on device", str(path))
-        return write(path, data)
 
+def save_on_full_disk(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """Two checkpoints; the disk has room for half of the second. Then there is room again. What each rank caught."""
+    running, folder = saved_once(job, me), Path(job["folder"])
+    ballast = folder.parent / "ballast"
+    if me.rank == 0:
+        size = sum(file.stat().st_blocks * 512 for file in folder.rglob("*"))
+        disk = os.statvfs(folder)
+        ballast.write_bytes(bytes(disk.f_bavail * disk.f_frsize - size // 2))
+    caught = second_save(running, folder, me)
+    left = sorted(path.name for path in folder.iterdir())
+    if me.rank == 0:
+        ballast.unlink()
+    checkpoint.save(running, folder, "step-00000002", {"step": 2}, me)
+    running.destroy()
+    return {"caught": caught, "left": left}
+
+
+def saved_once(job: dict[str, Any], me: ranks.Ranks) -> Any:
+    running = engine.start(TwoTowers(), experiment(job["stage"]), me)
+    running.backward(loss.contrastive_loss(*running(*own_part(me, *batch(0))), me))
+    engine.step(running)
+    checkpoint.save(running, Path(job["folder"]), "step-00000001", {"step": 1}, me)
+    return running
+
+
+def second_save(running: Any, folder: Path, me: ranks.Ranks, fence: Callable[[], None] | None = None) -> list[str]:
     caught = "nothing"
-    if job["how"] == "full":
-        checkpoint._write = write_until_full
     try:
-        fence = superseded if job["how"] == "fence" else None
         checkpoint.save(running, folder, "step-00000002", {"step": 2}, me, fence)
     except LongclipError as error:
         caught = f"{type(error).__name__}: {error}"
-    finally:
-        checkpoint._write = write
-    everyone: list[Any] = [None] * me.size
-    torch.distributed.all_gather_object(everyone, caught)
-    running.destroy()
-    return {"caught": everyone}
+    return me.gather(caught)
 
 
 def other_model(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
