@@ -152,6 +152,9 @@ def test_nothing_heavy_is_imported(sweep: Path) -> None:
         ["submit", str(sweep), "--dry-run"],
         ["status", "--runs", str(sweep.parent / "none")],
         ["collect", "nothing"],
+        ["logs", "nothing"],
+        ["show", "nothing"],
+        ["diff", str(sweep / "ctx4.yaml"), str(sweep / "ctx5.yaml")],
     ]
     for words in commands:
         done = subprocess.run(
