@@ -53,7 +53,7 @@ def main() -> None:
     except PermissionError as error:  # somebody else's folder
         if _debug:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {': '.join(filter(None, (error.filename, error.strerror)))}", file=sys.stderr)
         sys.exit(SiteError.exit_code)
     except BrokenPipeError:  # `longclip status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 
 from longclip.errors import UserError
-from longclip.launch.status import statuses
+from longclip.launch.status import Status, statuses
 from longclip.run.attempts import FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder
 from longclip.run.journal import Point, read_points
@@ -84,7 +84,8 @@ def follow(run: RunFolder, rank: int, lines: int) -> Iterator[str]:
     """As :func:`tail`, then what is added, from attempt to attempt, until the run has ended."""
     shown: Attempt | None = None
     positions: dict[Path, int] = {}
-    over, asked = 0, -math.inf
+    over = ended = 0
+    due, state = -math.inf, ""
     while True:
         attempts = attempts_of(run)
         shown = None if shown is None else Attempt(shown.path)  # a record, once read, is not read again
@@ -99,20 +100,24 @@ def follow(run: RunFolder, rank: int, lines: int) -> Iterator[str]:
                 said, positions[file] = _last_lines(file, lines, whole=False)
                 yield from said
             yield from _added(run, shown, rank, positions)
-        ended = shown is not None and bool(shown.ended)
-        if time.monotonic() - asked >= (POLL_SECONDS if ended or over else ASK_SECONDS):
-            asked = time.monotonic()
+        if shown is not None and shown.ended and shown.number != ended:
+            ended, due = shown.number, -math.inf  # a verdict is news: ask at once
+        if time.monotonic() >= due:
             (status,) = statuses([run])[0]
             # Between two attempts a job is nowhere for a moment; only what is over twice is over.
-            over = over + 1 if status.state not in ("queued", "running", "unknown") else 0
+            over = 0 if status.state in ("queued", "running", "unknown") else over + 1
             if over > 1 or status.state == FINISHED:
                 break
+            if not over and status.state != state:
+                state = status.state
+                yield f"==> {_standing(status)}"
+            due = time.monotonic() + (POLL_SECONDS if over else ASK_SECONDS)
         time.sleep(POLL_SECONDS)
     if shown is None:
         raise _not_submitted(run)
     yield from _added(run, shown, rank, positions, whole=True)
     yield from _what_went_wrong(shown, rank)
-    yield f"==> {run.name}: {status.state}" + (f": {status.note}" if status.note else "")
+    yield f"==> {_standing(status)}"
 
 
 def around(run: RunFolder, rank: int, attempt: int | None, lines: int, text: str) -> Iterator[str]:
@@ -207,6 +212,10 @@ def _heading(run: RunFolder, attempt: Attempt) -> str:
     if ended := attempt.ended:
         words.append(": ".join(str(ended[k]) for k in ("verdict", "message") if ended.get(k)))
     return ", ".join(words)
+
+
+def _standing(status: Status) -> str:
+    return ": ".join(filter(None, [status.run.name, status.state, status.note]))
 
 
 def _what_went_wrong(attempt: Attempt, rank: int) -> Iterator[str]:
