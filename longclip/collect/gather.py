@@ -53,8 +53,10 @@ class Row:
     hours_lost: float
     """of these, spent on samples that a later attempt computed once more, or on starts that came to nothing"""
     on_gpu: bool
+    codes: tuple[str, ...]
+    """hashes of the code that computed what counts, oldest first; more than one if it changed between attempts"""
     samples_to: int | None = None
-    """samples at which validation first reached the best of the ``baseline``"""
+    """samples at which validation first crossed the best of the ``baseline``, between evaluations on a straight line"""
     baseline: str | None = None
     """the finished run of this sweep with the smallest window, and all other axes equal"""
 
@@ -86,7 +88,7 @@ def gather(runs: Sequence[RunFolder]) -> list[Row]:
 
 def differences(rows: Sequence[Row]) -> list[str]:
     """Warnings: what differs between rows of a sweep and was not declared, what is unfinished or unequal."""
-    return [*_undeclared(rows), *_unfinished(rows), *_unequal(rows)]
+    return [*_undeclared(rows), *_mixed_code(rows), *_unfinished(rows), *_unequal(rows)]
 
 
 # ---- one row -----------------------------------------------------------------------------------------------------
@@ -126,6 +128,7 @@ def _row(run: RunFolder, name: str) -> Row:
         hours=hours,
         hours_lost=lost,
         on_gpu=any("cuda" in str((a.started or {}).get("device")) for a in attempts),
+        codes=_codes(attempts),
     )
 
 
@@ -156,6 +159,17 @@ def rank_hours(attempts: Sequence[Attempt]) -> tuple[float, float]:
     return total / 3600, lost / 3600
 
 
+def _codes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
+    """Without the attempts of which nothing was left: before training began, or computed once more from its start."""
+    codes: list[str] = []
+    cut = float("inf")
+    for attempt in reversed(attempts):
+        if attempt.resumed_at is not None and attempt.resumed_at < cut:
+            cut = attempt.resumed_at
+            codes.append(str((attempt.started or {}).get("code")))
+    return tuple(dict.fromkeys(reversed(codes)))
+
+
 def _useful_until(points: Sequence[Point], cut: float, begin: float, finish: float, ended: Mapping[str, Any]) -> float:
     if not points:  # a start that failed, unless only the test was left to do
         return finish if ended.get("verdict") == FINISHED else begin
@@ -175,8 +189,19 @@ def _against(row: Row, baseline: Row | None) -> Row:
     if baseline is None or baseline.best is None:
         return row
     goal = baseline.best
-    reached = next((samples for samples, value in row.val if value >= goal), None)
-    return Row(**{**vars(row), "samples_to": reached, "baseline": baseline.name})
+    return Row(**{**vars(row), "samples_to": _reaches(row.val, goal), "baseline": baseline.name})
+
+
+def _reaches(curve: Sequence[tuple[int, float]], goal: float) -> int | None:
+    """Samples at which ``curve`` first crosses ``goal``, on the straight line between two evaluations."""
+    before: tuple[int, float] | None = None
+    for samples, value in curve:
+        if value >= goal:
+            if before is None:
+                return samples
+            return round(before[0] + (samples - before[0]) * (goal - before[1]) / (value - before[1]))
+        before = samples, value
+    return None
 
 
 # ---- what makes rows not comparable ------------------------------------------------------------------------------
@@ -200,6 +225,22 @@ def _undeclared(rows: Sequence[Row]) -> list[str]:
                 for name, value in values.items()
                 if repr(value) != usual
             ]
+    return found
+
+
+def _mixed_code(rows: Sequence[Row]) -> list[str]:
+    found = []
+    for sweep in dict.fromkeys(r.run.sweep for r in rows):
+        codes = {r.name: " then ".join(r.codes) for r in rows if r.run.sweep == sweep and r.codes}
+        if len({code for r in rows if r.run.sweep == sweep for code in r.codes}) <= 1:
+            continue
+        usual = Counter(codes.values()).most_common(1)[0][0]
+        others = [f"{name} {code}" for name, code in codes.items() if code != usual]
+        rest = f"elsewhere {usual}" if others else f"{', '.join(codes)} {usual}"
+        found.append(
+            f"{sweep}: trained by more than one state of the code: {', '.join([*others, rest])}; "
+            f"what changed is not declared (diff -r shows it, in {sweep}/code)"
+        )
     return found
 
 

@@ -24,21 +24,23 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     known = statuses(runs)[0]
     if unsure := [s for s in known if s.state == "unknown"]:
         raise SiteError(f"{unsure[0].run.name}: {unsure[0].note}; nothing was cancelled")
-    alive = [s.run for s in known if s.state in ("queued", "running")]
+    alive = [s for s in known if s.jobs]
     done = []
     slurm: list[str] = []
-    for run in alive:
-        last = attempts_of(run)[-1]
+    for status in alive:
+        run, last = status.run, attempts_of(status.run)[-1]
         write_json(
             last.path / "cancelled.json", {"time": time.time(), "user": os.environ.get("USER", str(os.getuid()))}
         )
-        if (last.submitted or {}).get("executor") in ("local", "debug"):
-            with contextlib.suppress(ProcessLookupError):  # it ended by itself in this moment
-                os.kill(int(str(last.job)), signal.SIGTERM)  # "running" was said by this machine's process table
-            done.append((run.name, f"told process {last.job} to save and stop"))
-        else:
-            slurm.append(str(last.job))
-            done.append((run.name, f"scancel {last.job}"))
+        for job in status.jobs:
+            host, _, pid = job.rpartition(":")
+            if host:
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself in this moment
+                    os.kill(int(pid), signal.SIGTERM)  # "running" was said by this machine's process table
+                done.append((run.name, f"told process {pid} to save and stop"))
+            else:
+                slurm.append(job)
+                done.append((run.name, f"scancel {job}"))
     if slurm:
         result = subprocess.run(["scancel", *slurm], capture_output=True, text=True)
         if result.returncode != 0:

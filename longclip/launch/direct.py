@@ -9,6 +9,7 @@ from longclip.errors import LongclipError, UserError
 from longclip.experiment.load import load
 from longclip.launch import submit
 from longclip.launch.site import Site
+from longclip.launch.snapshot import todays_code
 from longclip.launch.worker import meet, stop_at_step_boundary, train_attempt
 from longclip.run.folder import RunFolder
 
@@ -58,5 +59,5 @@ def _record(file: Path, overrides: list[str], site: Site) -> tuple[str, int]:
     if not plan.queues:
         raise UserError(f"{plan.run.name}: {plan.why}", f"longclip status {plan.run.name}")
     plan.run.create(plan.experiment, plan.identity, dict(plan.axes))
-    attempt = submit.record_attempt(plan, site, "local", str(os.getpid()))
+    attempt = submit.record_attempt(plan, site, "local", todays_code(), str(os.getpid()))
     return str(plan.run.path), attempt.number

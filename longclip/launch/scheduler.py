@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class Word:
     """Slurm's: PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, CANCELLED, ...; GONE where nobody knows the job"""
     detail: str = ""
     """why it waits, or who cancelled it"""
+    by_owner: bool = False
+    """cancelled by the user whose job it is, and not by an administrator or by Slurm"""
 
     @property
     def alive(self) -> bool:
@@ -48,42 +50,55 @@ class Words:
     """Answers for a set of jobs, and whether the questions could be put at all."""
 
     jobs: Mapping[str, Word] = field(default_factory=dict)
+    folders: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """ids of the jobs in the queue by working folder, which is their run's: so a job is found that nobody recorded"""
     sources: str = ""
     """``squeue, sacct`` or what was down"""
     complete: bool = True
     """False where squeue did not answer: then an absent job may well be running"""
 
 
-def ask(slurm_jobs: Iterable[str], local_jobs: Iterable[tuple[str, str]]) -> Words:
-    """Asks squeue and sacct once each; ``local_jobs`` are ``(host, pid)``, asked of this machine's process table."""
+def ask(slurm_jobs: Iterable[str], local_jobs: Iterable[tuple[str, str]], users: Iterable[int] = ()) -> Words:
+    """Asks squeue and sacct once each, however many jobs.
+
+    Args:
+        slurm_jobs: ids.
+        local_jobs: ``(host, pid)``, asked of this machine's process table.
+        users: ids of the users whose queue is looked at besides one's own.
+    """
     words = {f"{host}:{pid}": _local(host, pid) for host, pid in local_jobs}
     jobs = sorted(set(slurm_jobs))
     if not jobs:
-        return Words(words, "process table" if words else "")
-    queue = _run(["squeue", "--noheader", "--format=%A|%T|%r"])
-    if queue is not None:
-        for line in queue.splitlines():
-            job, state, reason = [*line.split("|"), "", ""][:3]
-            if job in jobs:
-                words[job] = Word(state, reason if state == "PENDING" else "")
+        return Words(words, sources="process table" if words else "")
+    queue = _run(["squeue", "--noheader", f"--user={_users(users)}", "--format=%A|%T|%r|%Z"])
+    folders: dict[str, list[str]] = {}
+    for line in (queue or "").splitlines():
+        job, state, reason, folder = [*line.split("|", 3), "", "", ""][:4]
+        words[job] = Word(state, reason if state == "PENDING" else "")
+        if words[job].alive:
+            folders.setdefault(folder, []).append(job)
     rest = [j for j in jobs if j not in words]
     history = None
     if rest:
-        # sacct's default start is midnight; -X is the job, not its steps.
-        options = ["-X", "--noheader", "--parsable2", "--starttime=now-365days", "--format=JobIDRaw,State"]
+        # sacct's default start is midnight; -X is the job, not its steps; of a requeued job the last life is shown.
+        options = ["-X", "--noheader", "--parsable2", "--starttime=now-365days", "--format=JobIDRaw,UID,State"]
         history = _run(["sacct", *options, "--jobs", ",".join(rest)])
         for line in (history or "").splitlines():
-            job, _, state = line.partition("|")
+            job, owner, state = [*line.split("|"), "", ""][:3]
             word, _, detail = state.partition(" ")  # "CANCELLED by 1000" is a state
             if job in rest and (job not in words or Word(word).alive is False):
-                words[job] = Word(word, detail)
+                words[job] = Word(word, detail, detail == f"by {owner}")
     if queue is not None:
         for job in jobs:
             words.setdefault(job, Word("GONE"))
-    said = ["squeue" if queue is not None else "squeue down"]
+    said = ["squeue" if queue is not None else "squeue down: from run records"]
     if rest:
         said.append("sacct" if history is not None else "sacct down: from run records")
-    return Words(words, ", ".join(said), queue is not None)
+    return Words(words, folders, ", ".join(said), queue is not None)
+
+
+def _users(others: Iterable[int]) -> str:
+    return ",".join(str(u) for u in sorted({os.getuid(), *others}))
 
 
 def have_slurm() -> bool:

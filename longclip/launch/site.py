@@ -48,6 +48,15 @@ class Site(BaseModel):
     """name -> folder of indexed shards"""
     tracking: str | None = None
     """MLflow URI; by default an SQLite file beside the runs"""
+    restart: Literal["requeue", "chain", "submit"] = "requeue"
+    """how a run that must go on gets its next time slot: its batch script requeues the job, jobs queued ahead
+    (afterany) take over, or somebody types ``longclip submit`` again"""
+    links: Annotated[int, Field(ge=1)] = 4
+    """jobs that are queued ahead of time where ``restart`` is chain"""
+    grace_s: Annotated[int, Field(ge=0)] | None = None
+    """seconds between the signal that announces a preemption and the kill"""
+    max_jobs: Annotated[int, Field(ge=1)] | None = None
+    """most jobs that one user may have in the queue"""
     sbatch: dict[str, Any] = {}
     """further sbatch options, by long name: ``{constraint: a100, reservation: course}``"""
 

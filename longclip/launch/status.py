@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from longclip.launch.scheduler import Word, Words, ask
-from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, attempts_of
+from longclip.run.attempts import CANCELLED, FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder
 from longclip.run.journal import Point, effective, series
+from longclip.run.verdicts import INFRASTRUCTURE, OWN, Verdict, log_text, stays, trail, verdict_of
 
-CONTINUES = ("interrupted", "lost", "new", "rejected")
+CONTINUES = (*INFRASTRUCTURE, "killed", "waiting", "lost", "rejected")
 """States from which submit continues a run without being told twice"""
-
-
 BEING_SUBMITTED = 300
 """Seconds for which an attempt without a job id counts as being in sbatch's hands"""
+_OF_SLURM = {
+    "TIMEOUT": "timed out",
+    "DEADLINE": "timed out",
+    "PREEMPTED": "preempted",
+    "NODE_FAIL": "node failed",
+    "BOOT_FAIL": "node failed",
+    "OUT_OF_MEMORY": "out of memory",
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,8 @@ class Status:
 
     run: RunFolder
     state: str
-    """new, queued, running, finished, interrupted, lost, crashed, diverged, cancelled, unknown"""
+    """waiting (not queued yet), queued, running, finished, unknown, lost (never started), no progress, or the kind of
+    the last attempt's verdict (run/verdicts.py)"""
     note: str
     attempts: int
     samples: int
@@ -38,6 +46,8 @@ class Status:
     """samples per second, at the last point of the meters"""
     age: float | None
     """seconds since the journal's last point"""
+    jobs: tuple[str, ...] = ()
+    """ids of what is queued or running for it"""
 
     def as_dict(self) -> dict[str, Any]:
         values = {k: v for k, v in vars(self).items() if k != "run"}
@@ -46,17 +56,35 @@ class Status:
 
 def statuses(runs: Sequence[RunFolder]) -> tuple[list[Status], Words]:
     """Status of every run, with one question to the scheduler for all of them."""
-    last = {run.path: attempts[-1] for run in runs if (attempts := attempts_of(run))}
-    open_ = [a for a in last.values() if a.ended is None and a.job]
+    open_ = [a for run in runs for a in _asked_about(run)]
+    records = [a.submitted or {} for a in open_]
     words = ask(
-        [str(a.job) for a in open_ if (a.submitted or {}).get("executor", "slurm") == "slurm"],
-        [(host_of(a), str(a.job)) for a in open_ if (a.submitted or {}).get("executor") in ("local", "debug")],
+        [job for a in open_ if not _is_local(a) for job in _job_ids(a)],
+        [(host_of(a), str(a.job)) for a in open_ if _is_local(a) and a.job],
+        [int(r["uid"]) for r in records if "uid" in r],
     )
     return [_status(run, words) for run in runs], words
 
 
+def _asked_about(run: RunFolder) -> list[Attempt]:
+    """The attempts whose jobs may be alive: those since the last submit, unless the run has finished."""
+    recent = trail(run)
+    last = verdict_of(recent[-1]) if recent else None
+    return [] if last is not None and last.kind == FINISHED else recent
+
+
+def _job_ids(attempt: Attempt) -> list[str]:
+    """The attempt's job, and those queued ahead behind it; ``?`` where it is not known (yet), so that it is asked."""
+    links = [str(job) for job in (attempt.submitted or {}).get("links", ())]
+    return [attempt.job or "?", *links] if attempt.submitted is not None or attempt.job else []
+
+
 def host_of(attempt: Attempt) -> str:
     return str((attempt.submitted or {}).get("host", ""))
+
+
+def _is_local(attempt: Attempt) -> bool:
+    return (attempt.submitted or {}).get("executor", "slurm") in ("local", "debug")
 
 
 def _status(run: RunFolder, words: Words) -> Status:
@@ -78,6 +106,7 @@ def _status(run: RunFolder, words: Words) -> Status:
         recalls[-1][1] if recalls else None,
         speeds[-1][1] if speeds and state == "running" else None,
         time.time() - points[-1].time if points else None,
+        tuple(_alive(run, words)) if state != "finished" else (),
     )
 
 
@@ -85,42 +114,93 @@ def _samples(points: Sequence[Point]) -> int:
     return points[-1].samples if points else 0
 
 
+def _alive(run: RunFolder, words: Words) -> list[str]:
+    """Jobs of the run that wait or run, by its record and by the folder that they work in, oldest first."""
+    recorded = [j for a in trail(run) for j in ([f"{host_of(a)}:{a.job}"] if _is_local(a) else _job_ids(a))]
+    found = [*recorded, *words.folders.get(str(run.path.resolve()), ())]
+    return [j for j in dict.fromkeys(found) if words.jobs.get(j, Word("GONE")).alive]
+
+
 def state_of(run: RunFolder, words: Words) -> tuple[str, str]:
     """State and one line of explanation.
 
-    The worker's verdict counts first; without one the scheduler is asked; a job that nobody knows any more and that
-    left no verdict was lost (killed), and its run continues with the next submit.
+    The scheduler is believed on what waits or runs. On what has ended the worker's own verdict comes first, then the
+    scheduler's, then what Slurm left in the job's log; a run that nobody says anything about was killed.
     """
     attempts = attempts_of(run)
     if not attempts:
-        return "new", ""
+        return "waiting", "not queued yet: longclip submit"
     last = attempts[-1]
-    cancelled = (last.path / "cancelled.json").exists()
-    if last.ended:
-        verdict = str(last.ended.get("verdict"))
-        if verdict == FINISHED:
-            return "finished", f"{len(attempts)} attempt{'s' if len(attempts) > 1 else ''}"
-        if verdict == INTERRUPTED:
-            return ("cancelled", "by longclip cancel") if cancelled else ("interrupted", "stopped by a signal, saved")
-        return verdict, str(last.ended.get("message", ""))
-    if not last.job:
-        age = time.time() - float((last.submitted or {}).get("time", 0))
-        return ("queued", "being submitted") if age < BEING_SUBMITTED else ("lost", "was never queued")
-    local = (last.submitted or {}).get("executor") in ("local", "debug")
-    word = words.jobs.get(f"{host_of(last)}:{last.job}" if local else str(last.job), Word("UNKNOWN"))
-    return _from_word(word, last, cancelled)
+    verdict = verdict_of(last)
+    if verdict is not None and verdict.kind == FINISHED:
+        return FINISHED, f"{len(attempts)} attempt{'s' if len(attempts) > 1 else ''}"
+    alive = _alive(run, words)
+    final = stays(run) if verdict is not None and verdict.source == "worker" else None
+    if alive and not (final and all(words.jobs[j].state == "PENDING" for j in alive)):
+        return _in_queue(words, alive, last, verdict)
+    job = next((j for a in reversed(trail(run)) if (j := a.job)), None)
+    word = words.jobs.get(f"{host_of(last)}:{job}" if _is_local(last) else str(job), Word("UNKNOWN"))
+    if job is None:
+        return _without_job(last, words)
+    if any((a.path / "cancelled.json").exists() for a in trail(run)):
+        return CANCELLED, "by longclip cancel"
+    if word.state == "CANCELLED" and word.by_owner and (verdict is None or verdict.kind in INFRASTRUCTURE):
+        return CANCELLED, f"job {job}: scancel {word.detail}".strip()
+    if word.state == "UNKNOWN" and (verdict is None or verdict.kind in CONTINUES):
+        before = f"; last: {verdict.kind} at {verdict.samples:,} samples" if verdict else ""
+        return "unknown", (word.detail or f"job {job}: the scheduler does not answer") + before
+    verdict = _of_word(word, job, last, verdict)
+    waiting = f"; {', '.join(alive)} will leave by themselves" if alive else ""
+    stuck = stays(run) if verdict.kind in OWN else None
+    if stuck and stuck != CANCELLED:
+        return "no progress", stuck + waiting
+    return verdict.kind, verdict.message + waiting
 
 
-def _from_word(word: Word, last: Attempt, cancelled: bool) -> tuple[str, str]:
-    job = f"job {last.job}"
-    if word.state == "PENDING":
-        return "queued", f"{job}: {word.detail}"
-    if word.alive:
-        return "running", f"{job}{' on ' + ','.join(n) if (n := (last.started or {}).get('nodes')) else ', starting'}"
-    if word.state == "UNKNOWN":
-        return "unknown", word.detail or f"{job}: the scheduler does not answer"
-    if word.state == "CANCELLED" or cancelled:
-        return "cancelled", f"{job} {word.detail}".strip()
-    if word.state == "GONE":
-        return "lost", f"{job} is gone and left no verdict"
-    return "lost", f"{job}: {word.state}, no verdict left"
+def _in_queue(words: Words, alive: Sequence[str], last: Attempt, verdict: Verdict | None) -> tuple[str, str]:
+    before = "" if verdict is None else f"; {verdict.kind} at {verdict.samples:,} samples"
+    at_work = [j for j in alive if words.jobs[j].state != "PENDING"]
+    if not at_work:
+        return "queued", f"job {alive[0]}: {words.jobs[alive[0]].detail}{before}"
+    job = at_work[0].rpartition(":")[2]
+    nodes = (last.started or {}).get("nodes") if verdict is None else None
+    return "running", f"job {job}" + (f" on {','.join(nodes)}" if nodes else f", starting{before}")
+
+
+def _without_job(last: Attempt, words: Words) -> tuple[str, str]:
+    """A submit that is under way, or that was killed before Slurm had the job (or between that and its record)."""
+    verdict = verdict_of(last)
+    if verdict is not None:
+        return verdict.kind, verdict.message
+    age = time.time() - float((last.submitted or {}).get("time", 0))
+    if age < BEING_SUBMITTED:
+        return "queued", "being submitted"
+    if not _is_local(last) and not words.complete:
+        return "unknown", "being submitted; the scheduler does not answer"
+    return "lost", "was never queued"
+
+
+def _of_word(word: Word, job: str, last: Attempt, verdict: Verdict | None) -> Verdict:
+    """The verdict on the last attempt, with the scheduler's word where the worker left none."""
+    if verdict is not None and verdict.source == "worker":
+        return verdict
+    samples = verdict.samples if verdict else 0
+    if word.state in _OF_SLURM:
+        return Verdict(_OF_SLURM[word.state], samples, f"job {job}: {word.state}", "scheduler")
+    if word.state == CANCELLED.upper():
+        return Verdict("interrupted", samples, f"job {job}: cancelled {word.detail}", "scheduler")
+    if verdict is not None:
+        if verdict.kind == CANCELLED:  # by whom the log does not say, and nobody else can
+            return Verdict(CANCELLED, samples, f"job {job}: {verdict.message} (its log says)", "log")
+        return Verdict(verdict.kind, samples, f"job {job}: {verdict.message} (its log says)", "log")
+    if last.started is None:
+        lines = [line.strip() for line in log_text(last).splitlines() if line.strip()]
+        if lines:
+            return Verdict("crashed", 0, f"job {job} ended before its worker began: {lines[-1]}", "log")
+        if word.state != "GONE" or _is_local(last):
+            return Verdict(
+                "crashed", 0, f"job {job}: {word.state}, before its worker began, without a log", "scheduler"
+            )
+        return Verdict("lost", 0, f"job {job} is gone and has never started", "nobody")
+    said = "is gone" if word.state == "GONE" else f"is {word.state}"
+    return Verdict("killed", samples, f"job {job} {said} and left no verdict", "nobody")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,17 +27,23 @@ from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.identity import differences, identity, uid
 from longclip.experiment.load import Loaded
 from longclip.experiment.schema import Experiment, parse_time
-from longclip.launch import worker
+from longclip.launch import restart, worker
 from longclip.launch.resolve import Resolved, resolve
 from longclip.launch.scheduler import have_slurm
 from longclip.launch.site import Site
-from longclip.launch.snapshot import PACKAGE, code_hash, commit
+from longclip.launch.snapshot import Code, Snapshot, code_hash, freeze, place
 from longclip.launch.status import CONTINUES, statuses
 from longclip.run.attempts import Attempt, new_attempt
 from longclip.run.folder import RunFolder, dump_experiment, read_json, runs_of, write_json, write_text
+from longclip.run.journal import SAVE_SECONDS, effective, series
+from longclip.track.lease import Lease
 
-SIGNAL_LEAD = 120
-"""seconds before the time limit at which Slurm sends USR2; it may come up to 60 s early (sbatch(1), --signal)"""
+LIMITS = ("MaxSubmit", "MaxJobs", "GrpSubmit", "job submit limit", "AssocGrp", "QOSMax")
+"""In sbatch's words: this user has as many jobs in the queue as may be"""
+
+
+class QueueFull(SiteError):
+    """The site takes no more jobs now; what was queued stays, the rest waits for the next submit."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +89,28 @@ def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan
         if run.exists():
             run.check(facts)
             existing.append(run)
-    states = {s.run.path: s for s in statuses(existing)[0]}
+    known, words = statuses(existing)
+    states = {s.run.path: s for s in known}
     plans = []
     for one, resolved, facts, run in drafts:
         if run.path not in states:
             action, why = "new", _nearest(run, facts, site)
         else:
             state = states[run.path]
-            action, why = _decide(state.state, state.note, state.samples, retry)
+            action, why = _decide(state.state, state.note, state.samples, retry and words.complete)
         plans.append(Plan(one.experiment, one.axes, resolved, facts, run, action, why))
     return plans
 
 
 def _decide(state: str, note: str, samples: int, retry: bool) -> tuple[str, str]:
-    if state in CONTINUES or (retry and state in ("crashed", "diverged", "cancelled")):
-        return "resume", f"{state} at {samples:,} samples ({note})" if note else f"at {samples:,} samples"
+    if state == "waiting":
+        return "new", "was not queued yet"
     if state in ("finished", "queued", "running"):
         return "left alone", f"{state} ({note})"
     if state == "unknown":
         return "left alone", note
+    if state in CONTINUES or retry:
+        return "resume", f"{state} at {samples:,} samples ({note})" if note else f"{state} at {samples:,} samples"
     return "left alone", f"{state}: {note}; longclip retry continues it"
 
 
@@ -137,8 +147,8 @@ def problems(plans: Sequence[Plan]) -> list[LongclipError]:
 # ---- jobs --------------------------------------------------------------------------------------------------------
 
 
-def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict[str, Any]:
-    """The job's submitit parameters."""
+def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: Path) -> dict[str, Any]:
+    """The job's submitit parameters; ``code`` is the snapshot that it imports."""
     ask = experiment.slurm
     cpus = ask.cpus_per_task or site.cpus_per_task
     parameters: dict[str, Any] = {
@@ -150,11 +160,11 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict
         "account": site.account,
         "qos": site.qos,
         "cpus_per_task": cpus,
-        "signal_delay_s": SIGNAL_LEAD,
+        "signal_delay_s": restart.lead(parse_time(ask.time), save_seconds(run)),
         "stderr_to_stdout": True,
         # One rank that dies takes the others with it, instead of leaving them in a collective that never ends.
         "srun_args": ["--kill-on-bad-exit=1"],
-        "setup": _setup(site, cpus),
+        "setup": _setup(site, cpus, code),
         "wckey": None,
     }
     if ask.gpus_per_node:
@@ -168,15 +178,45 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site) -> dict
     memory = ask.mem_gb or site.mem_gb
     if memory is not None:
         parameters["mem"] = f"{int(memory * 1024)}M"
-    # --chdir: a package that lies in the folder of submission must not come before the installed one.
-    # --no-requeue: continuing is by `longclip submit`; a job that Slurm starts again by itself would be a twin.
-    parameters["additional_parameters"] = {"chdir": str(run.path.resolve()), "no-requeue": True, **site.sbatch}
+    # --chdir: a package that lies in the folder of submission must not come before the installed one; the batch script
+    # finds the run's marks there, and status finds a job by it whose id nobody could record.
+    again = site.restart == "requeue"
+    parameters["additional_parameters"] = {
+        "chdir": str(run.path.resolve()),
+        "requeue" if again else "no-requeue": True,
+        **site.sbatch,
+    }
+    if again:
+        parameters["setup"] = [*restart.before(), *parameters["setup"]]
+        parameters["teardown"] = restart.after()
     return {k: v for k, v in parameters.items() if v is not None or k == "wckey"}
 
 
-def _setup(site: Site, cpus: int | None) -> list[str]:
+def save_seconds(run: RunFolder) -> float | None:
+    """The longest that a save of this run has taken, by its journal; None before the first."""
+    if not run.exists():
+        return None
+    return max((seconds for _, seconds in series(effective(run), SAVE_SECONDS)), default=None)
+
+
+def warnings(plans: Sequence[Plan], site: Site) -> list[str]:
+    """What a submit should know and is no obstacle."""
+    found = []
+    for plan in plans:
+        taken = save_seconds(plan.run) if plan.queues else None
+        if taken is not None and site.grace_s is not None and taken > site.grace_s:
+            found.append(
+                f"{plan.run.name}: a save takes {taken:.0f} s, preemption leaves {site.grace_s} s: the loss is "
+                f"bounded by checkpoint.every = {plan.experiment.checkpoint.every}"
+            )
+    return found
+
+
+def _setup(site: Site, cpus: int | None, code: Path) -> list[str]:
     lines = list(site.setup)
     lines += [f"export {name}={shlex.quote(value)}" for name, value in {**worker_env(cpus), **site.env}.items()]
+    # First, and after all that a module or the site may have put there; PYTHONSAFEPATH keeps the current folder out.
+    lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
     if cpus is not None:
         # Since Slurm 22.05 srun gives a task one CPU, whatever the job has, unless told so.
         lines.append(f"export SRUN_CPUS_PER_TASK={cpus}")
@@ -185,32 +225,34 @@ def _setup(site: Site, cpus: int | None) -> list[str]:
 
 def worker_env(cpus: int | None) -> dict[str, str]:
     """Environment of every worker: no hub, no stray imports, one thread a CPU."""
-    env = {
+    return {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(cpus or 1),
     }
-    if "site-packages" not in PACKAGE.parts:
-        env["PYTHONPATH"] = str(PACKAGE.parent)
-    return env
 
 
 def batch_script(plan: Plan, site: Site) -> str:
     """The batch script that submit would hand to sbatch, as it is."""
-    executor = _slurm_executor(plan.experiment, plan.run, site, Path(plan.run.path) / "attempts" / "NNNN" / "logs")
+    logs = plan.run.attempts / "NNNN" / "logs"
+    executor = _slurm_executor(
+        plan.experiment, plan.run, site, logs, place(plan.run.path.resolve().parent, code_hash())
+    )
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
     return text
 
 
-def _slurm_executor(experiment: Experiment, run: RunFolder, site: Site, logs: Path) -> submitit.SlurmExecutor:
+def _slurm_executor(
+    experiment: Experiment, run: RunFolder, site: Site, logs: Path, code: Path
+) -> submitit.SlurmExecutor:
     if have_slurm():
         executor = submitit.SlurmExecutor(folder=logs.resolve(), python=site.python)
     else:  # a dry run on a machine without Slurm: only the text is wanted, and the constructor insists on srun
         executor = submitit.SlurmExecutor.__new__(submitit.SlurmExecutor)
         submitit.core.core.PicklingExecutor.__init__(executor, folder=logs.resolve())
         executor.python = site.python or shlex.quote(sys.executable)
-    executor.update_parameters(**slurm_parameters(experiment, run, site))
+    executor.update_parameters(**slurm_parameters(experiment, run, site, code))
     return executor
 
 
@@ -247,6 +289,7 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
     """Queues the planned jobs one by one, yielding each with its id.
 
     Raises:
+        QueueFull: the site takes no more; those that were yielded are queued, the others wait.
         LongclipError: something stands in the way; nothing has been queued.
     """
     for problem in problems(plans):
@@ -256,15 +299,19 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
         check_slurm(todo, site)
     for one in todo:
         one.run.create(one.experiment, one.identity, dict(one.axes))
+    # Before the first starts: where runs go one after the other, the source may be edited before the last does.
+    codes = {sweep: freeze(sweep) for sweep in {one.run.path.resolve().parent for one in todo}}
     for one in todo:
-        # Hours may have passed since the plan was made, where runs are started one after the other.
-        if statuses([one.run])[0][0].state in ("queued", "running", "finished", "unknown"):
-            continue
-        job = _queue(one, site, executor)
+        # Of two people who submit the same run at once, the second finds the first one's job.
+        with Lease(one.run.attempts / ".submit.lock"):
+            # Hours may have passed since the plan was made, where runs are started one after the other.
+            if statuses([one.run])[0][0].state in ("queued", "running", "finished", "unknown"):
+                continue
+            job = _queue(one, site, executor, codes[one.run.path.resolve().parent])
         yield one, str(job.job_id), job
 
 
-def record_attempt(plan: Plan, site: Site, executor: str, job: str | None = None) -> Attempt:
+def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str | None = None) -> Attempt:
     """A new attempt of the plan's run, with all that its worker needs to know."""
     try:
         attempt = new_attempt(plan.run)
@@ -275,34 +322,66 @@ def record_attempt(plan: Plan, site: Site, executor: str, job: str | None = None
         "executor": executor,
         "job": job,
         "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "uid": os.getuid(),
         "site": site.name,
         "paths": plan.resolved.paths,
         "samples": plan.resolved.samples,
-        "code": code_hash(),
-        "commit": commit(),
+        **code.as_record(),
         "time": time.time(),
     }
     write_json(attempt.path / "submitted.json", record)
     return attempt
 
 
-def _queue(plan: Plan, site: Site, kind: str) -> submitit.Job[Any]:
-    attempt = record_attempt(plan, site, kind)
+def _queue(plan: Plan, site: Site, kind: str, code: Snapshot) -> submitit.Job[Any]:
+    attempt = record_attempt(plan, site, kind, code)
     try:
-        job = _start(plan.experiment, plan.run, attempt, site, kind)
+        job = _start(plan.experiment, plan.run, attempt, site, kind, code)
+        record = {
+            **read_json(attempt.path / "submitted.json"),
+            "job": str(os.getpid()) if kind == "debug" else str(job.job_id),
+        }
+        write_json(attempt.path / "submitted.json", record)
+        if kind == "slurm" and site.restart == "chain":
+            record["links"] = []
+            for _ in range(site.links):
+                before = (record["links"] or [record["job"]])[-1]
+                link = _start(plan.experiment, plan.run, attempt, site, kind, code, after=before)
+                record["links"].append(str(link.job_id))
+                write_json(attempt.path / "submitted.json", record)
     except Exception as error:
-        attempt.end("rejected", 0, str(error).strip())
-        words = str(error).strip().splitlines()
-        raise SiteError(f"{plan.run.name}: could not be queued: {words[-1] if words else error!r}") from None
-    job_id = str(os.getpid()) if kind == "debug" else str(job.job_id)
-    write_json(attempt.path / "submitted.json", {**read_json(attempt.path / "submitted.json"), "job": job_id})
+        words = str(error).strip().splitlines() or [repr(error)]
+        full = any(sign in str(error) for sign in LIMITS)
+        if read_json(attempt.path / "submitted.json")["job"] is None:
+            if full:  # as if it had not been tried
+                shutil.rmtree(attempt.path)
+            else:
+                attempt.end("rejected", 0, str(error).strip())
+        elif full:  # the job itself is queued, with fewer links than there could be
+            return job
+        if full:
+            raise QueueFull(f"{plan.run.name}: the queue is full: {words[-1]}") from None
+        raise SiteError(f"{plan.run.name}: could not be queued: {words[-1]}") from None
     return job
 
 
-def _start(experiment: Experiment, run: RunFolder, attempt: Attempt, site: Site, kind: str) -> submitit.Job[Any]:
+def _start(
+    experiment: Experiment,
+    run: RunFolder,
+    attempt: Attempt,
+    site: Site,
+    kind: str,
+    code: Snapshot,
+    after: str | None = None,
+) -> submitit.Job[Any]:
+    """``after``: the job whose end this one waits for, however it ends."""
     arguments = (str(run.path.resolve()), attempt.number)
     if kind == "slurm":
-        return _slurm_executor(experiment, run, site, attempt.logs).submit(worker.run, *arguments)
+        executor = _slurm_executor(experiment, run, site, attempt.logs, code.folder)
+        if after is not None:
+            executor.update_parameters(dependency=f"afterany:{after}")
+        return executor.submit(worker.run, *arguments)
     if kind == "debug":
         return submitit.DebugExecutor(folder=attempt.logs.resolve()).submit(worker.run, *arguments)
     local = submitit.LocalExecutor(folder=attempt.logs.resolve(), python=site.python)
@@ -312,7 +391,10 @@ def _start(experiment: Experiment, run: RunFolder, attempt: Attempt, site: Site,
         timeout_min=60 * 24 * 365,
         stderr_to_stdout=True,
     )
-    with _environment({**worker_env(experiment.slurm.cpus_per_task), **site.env}), _ctrl_c_stays_here():
+    env = {**worker_env(experiment.slurm.cpus_per_task), **site.env}
+    behind = {**os.environ, **env}.get("PYTHONPATH")
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code.folder), behind)))
+    with _environment(env), _ctrl_c_stays_here():
         return local.submit(worker.run, *arguments)
 
 

@@ -5,6 +5,7 @@ python -m longclip.launch.worker RUN_FOLDER ATTEMPT      (or through submitit, w
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -13,39 +14,75 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from longclip import __version__
-from longclip.errors import LongclipError, SiteError
-from longclip.launch.snapshot import code_hash
-from longclip.run.attempts import Attempt, Superseded, attempts_of, claim
+from longclip.errors import LongclipError, SiteError, UserError
+from longclip.experiment.schema import parse_time
+from longclip.launch import restart
+from longclip.launch.snapshot import OtherCode, check_imported, code_hash
+from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, Superseded, claim
 from longclip.run.folder import RunFolder, load_experiment, read_json, write_json
+from longclip.run.verdicts import stays
 
 if TYPE_CHECKING:
     from longclip.train.ranks import Ranks
 
-_stop = False
 MEETING_TIMEOUT = 600
 """seconds that ranks wait for rank 0 to say where it listens"""
+
+
+class _Signals:
+    """What Slurm has asked of this process: handlers set a flag, and the loop acts at the next step boundary."""
+
+    received: int | None = None
+
+    @classmethod
+    def note(cls, signum: int, frame: FrameType | None) -> None:
+        cls.received = cls.received or signum
+
+
+class Leave(LongclipError):
+    """The run is not to be started (again); its last verdict says why."""
+
+
+_attempt: Attempt | None = None
+"""the attempt that this process has claimed, with the others"""
+_seen = 0
+"""pairs seen, for the record of a failure"""
 
 
 def run(folder: str, number: int) -> str:
     """One rank of attempt ``number`` of the run in ``folder``: trains, and leaves a verdict.
 
-    Returns ``finished`` or ``interrupted``; raises whatever went wrong, after recording it.
+    Returns why it ended: ``finished``, ``preempted``, ...; raises whatever went wrong, after recording it. In a Slurm
+    job that is to be started again the process leaves with the exit code AGAIN.
     """
     stop_at_step_boundary()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ["HF_HUB_OFFLINE"] = "1"
     record = RunFolder(Path(folder))
-    _set_ranks(record.attempts, number)
     try:
-        return _train(record, number)
+        _set_ranks(record.attempts, number)
+        check_imported(record.path, read_json(record.attempts / f"{number:04d}" / "submitted.json"))
+        verdict = _train(record, number)
+    except Leave as reason:
+        restart.not_again(record, _job_id())
+        print(f"not started: {reason}", flush=True)
+        if restart.in_slurm() and reason.message != FINISHED:
+            sys.exit(1)
+        return reason.message
     except Superseded:
+        restart.not_again(record, _job_id())
         raise
-    except BaseException:
-        _note_failure(record, number)
+    except BaseException as error:
+        _note_failure(record, number, error)
         raise
+    if verdict == FINISHED:
+        restart.not_again(record, _job_id())
+    elif restart.in_slurm():
+        sys.exit(restart.AGAIN)
+    return verdict
 
 
 def _train(record: RunFolder, number: int) -> str:
@@ -58,8 +95,12 @@ def _train(record: RunFolder, number: int) -> str:
 
 
 def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
-    """Claims attempt ``number`` (or a new one, after a requeue), trains it and leaves a verdict. On all ranks."""
-    from longclip.train.loop import Diverged, Job, train
+    """Claims attempt ``number`` (or a new one, after a restart), trains it and leaves a verdict. On all ranks.
+
+    Raises on all ranks: Leave where the last verdict is final, Superseded where another job has the attempt.
+    """
+    global _attempt
+    from longclip.train.loop import Job, train
 
     facts = {
         "nodes": sorted(set(ranks.gather(socket.gethostname()))),
@@ -70,41 +111,74 @@ def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
         "python": sys.version.split()[0],
         "pid": os.getpid(),
     }
-    claimed = 0
-    if ranks.rank == 0:
-        try:
-            claimed = claim(record, number, _job_id(), facts).number
-        except LongclipError as error:
-            print(error, file=sys.stderr)
-    claimed = ranks.tell(claimed)
-    if claimed == 0:
-        raise Superseded(f"attempt {number} could not be claimed; rank 0's log says why")
-    attempt = Attempt(record.attempts / f"{claimed:04d}")
+    _attempt = attempt = _claim(record, number, facts, ranks)
     submitted = Attempt(record.attempts / f"{number:04d}")
     experiment = load_experiment(submitted.path / "experiment.yaml")
-    job = Job(record, attempt, experiment, (submitted.submitted or {})["paths"])
-    try:
-        verdict = train(job, ranks, lambda: _stop)
-    except Diverged as error:
-        if ranks.rank == 0:
-            attempt.end("diverged", _last_sample(attempt), error.message)
-        raise
+    job = Job(record, attempt, experiment, (submitted.submitted or {})["paths"], _beat)
+    begun = time.time()
+    verdict = train(job, ranks, lambda: _Signals.received is not None)
+    if verdict == INTERRUPTED:
+        verdict, message = why_interrupted(ranks, begun, parse_time(experiment.slurm.time))
+    else:
+        message = ""
     if ranks.rank == 0:
-        attempt.end(verdict, _last_sample(attempt))
+        attempt.end(verdict, _seen, message)
     ranks.agree(True)  # nobody leaves before the verdict is written
     return verdict
+
+
+def _claim(record: RunFolder, number: int, facts: dict[str, Any], ranks: Ranks) -> Attempt:
+    """The job's first act: rank 0 reads the last verdict, and claims an attempt if the run may go on."""
+    told: tuple[str, str] = ("", "")
+    if ranks.rank == 0:
+        try:
+            told = _claim_alone(record, number, facts)
+        except LongclipError as error:
+            told = ("superseded", str(error))
+    kind, what = ranks.tell(told)
+    if kind == "attempt":
+        return Attempt(record.attempts / what)
+    raise (Leave if kind == "leave" else Superseded)(what)
+
+
+def _claim_alone(record: RunFolder, number: int, facts: dict[str, Any]) -> tuple[str, str]:
+    job = _job_id()
+    if why := stays(record):
+        return "leave", why
+    if restart.in_slurm():
+        restart.may_again(record, job, [])
+    log = _log()
+    if log is not None:
+        facts["log"] = os.path.relpath(log, record.attempts.resolve() / "0000")
+        facts["log_start"] = log.stat().st_size if log.exists() else 0
+    return "attempt", claim(record, number, job, facts).path.name
+
+
+def _beat(samples: int) -> None:
+    global _seen
+    _seen = samples
 
 
 def stop_at_step_boundary(with_ctrl_c: bool = False) -> None:
     """TERM and USR2 ask the loop to save and stop. Submitit's own handlers ignore TERM, and save inside."""
     for signum in (signal.SIGTERM, signal.SIGUSR2, *([signal.SIGINT] if with_ctrl_c else [])):
-        signal.signal(signum, _request_stop)
+        signal.signal(signum, _Signals.note)
 
 
-def _request_stop(signum: int, frame: FrameType | None) -> None:
-    """Sets a flag only; the loop saves at the next step boundary that all ranks agree on."""
-    global _stop
-    _stop = True
+def why_interrupted(ranks: Ranks, begun: float, limit_minutes: int) -> tuple[str, str]:
+    """Verdict and message for a run that a signal stopped. Collective: it may have reached some ranks only.
+
+    USR2 comes before the time limit, and on some clusters at preemption too; the clock tells which. Outside Slurm
+    nobody preempts.
+    """
+    signum = int(max(ranks.gather(float(_Signals.received or 0))))
+    name = signal.Signals(signum).name if signum else "a signal"
+    if not restart.in_slurm():
+        return INTERRUPTED, f"{name}, saved"
+    left = begun + limit_minutes * 60 - time.time()
+    if signum == signal.SIGUSR2 and left < min(2 * restart.SIGNAL_LEAD + restart.SLACK, limit_minutes * 60 / 2):
+        return "timed out", f"{name} {left / 60:.0f} min before the time limit, saved"
+    return "preempted", f"{name}, saved"
 
 
 def _job_id() -> str:
@@ -114,6 +188,15 @@ def _job_id() -> str:
         return str(JobEnvironment().job_id)
     except RuntimeError:
         return f"pid-{os.getpid()}"
+
+
+def _log() -> Path | None:
+    """The log of rank 0, where Slurm's own words go too."""
+    from submitit import JobEnvironment
+
+    if "SUBMITIT_FOLDER" not in os.environ:
+        return None
+    return Path(JobEnvironment().paths.stdout)
 
 
 def _set_ranks(folder: Path, number: int) -> None:
@@ -128,9 +211,9 @@ def _set_ranks(folder: Path, number: int) -> None:
         return  # no launcher: a single process
     if "SUBMITIT_DEBUG_JOB_ID" in os.environ:
         return
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    life = os.environ.get("SLURM_RESTART_COUNT", "0")
     local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
-    place = folder / f".meeting-{number:04d}-{job.job_id}-{restart}.json"
+    place = folder / f".meeting-{number:04d}-{job.job_id}-{life}.json"
     meet(place, job.global_rank, job.num_tasks, job.local_rank, "127.0.0.1" if local else None)
 
 
@@ -163,25 +246,44 @@ def meet(place: Path, rank: int, size: int, local_rank: int, host: str | None = 
     )
 
 
-def _note_failure(record: RunFolder, number: int) -> None:
-    """Each rank writes its own traceback; the earliest is the culprit's. Rank 0 also ends the attempt."""
-    rank = int(os.environ.get("RANK", "0"))
-    mine = [a for a in attempts_of(record) if a.number >= number and a.job in (None, _job_id())]
-    if not mine:
-        return
-    attempt = mine[-1]
-    (attempt.path / f"error-{rank:04d}.txt").write_text(traceback.format_exc(), encoding="utf-8")
-    if rank == 0 and attempt.ended is None:
-        error = sys.exc_info()[1]
-        last = traceback.format_exception_only(error)[-1].strip()
-        attempt.end("crashed", _last_sample(attempt), error.message if isinstance(error, LongclipError) else last)
+def _note_failure(record: RunFolder, number: int, error: BaseException) -> None:
+    """Every rank records its own failure; and whether this job may be started again is decided with it."""
+    attempt = _attempt or Attempt(record.attempts / f"{number:04d}")
+    if _attempt is None and attempt.started is not None:
+        return  # the ranks of a restarted job did not even meet: the attempt that stands there is not theirs
+    kind, message = kind_of(error)
+    if good := _last_good(record) if kind == "diverged" else "":
+        message += f"; last good checkpoint: {good}"
+    attempt.fail(int(os.environ.get("RANK", "0")), kind, _seen, message, "".join(traceback.format_exception(error)))
+    if stays(record):
+        restart.not_again(record, _job_id())
 
 
-def _last_sample(attempt: Attempt) -> int:
-    from longclip.run.journal import read_points
+def kind_of(error: BaseException) -> tuple[str, str]:
+    """Verdict and message for what was raised."""
+    from longclip.train.loop import Diverged
 
-    points = read_points(attempt.journal)
-    return points[-1].samples if points else (attempt.resumed_at or 0)
+    message = error.message if isinstance(error, LongclipError) else traceback.format_exception_only(error)[-1].strip()
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if isinstance(error, Diverged):
+        return "diverged", message
+    if isinstance(error, OtherCode):
+        return "rejected", message  # it never began: submit may try again
+    if isinstance(error, UserError):
+        return "bad input", message
+    if "NoSpace" in names or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return "no space", message
+    if names & {"MemoryError", "OutOfMemoryError"}:  # the second is torch's
+        return "out of memory", message
+    return "crashed", message
+
+
+def _last_good(record: RunFolder) -> str:
+    try:
+        newest = str(read_json(record.checkpoints / "latest")["checkpoint"])
+        return f"{newest} ({int(read_json(record.checkpoints / newest / 'state.json')['samples']):,} samples)"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ FINISHED = "finished"
 """The verdict that ends a run for good."""
 INTERRUPTED = "interrupted"
 """Stopped at a step boundary by a signal, after a checkpoint."""
+CANCELLED = "cancelled"
+"""Stopped for good by a person."""
 
 
 class Superseded(LongclipError):
@@ -79,6 +82,20 @@ class Attempt:
         write_json(
             self.path / "ended.json", {"verdict": verdict, "samples": samples, "message": message, "time": time.time()}
         )
+
+    def fail(self, rank: int, kind: str, samples: int, message: str, trace: str) -> None:
+        """Records that ``rank`` failed, one file a rank: the verdict is that of the first (run/verdicts.py)."""
+        record = {
+            "rank": rank,
+            "kind": kind,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "samples": samples,
+            "time": time.time(),
+            "message": message,
+            "traceback": trace,
+        }
+        write_json(self.path / f"failed-{rank:04d}.json", record)
 
     def fence(self) -> None:
         """Raises Superseded if a later attempt has been claimed."""

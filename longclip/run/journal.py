@@ -18,6 +18,9 @@ from typing import TextIO
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder
 
+SAVE_SECONDS = "checkpoint/seconds"
+"""The metric that tells how long a save took"""
+
 
 @dataclass(frozen=True)
 class Point:

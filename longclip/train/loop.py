@@ -29,7 +29,7 @@ from longclip.model.clip import DualEncoder, build
 from longclip.model.towers import pixels_of
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt
 from longclip.run.folder import RunFolder, write_json
-from longclip.run.journal import Journal
+from longclip.run.journal import SAVE_SECONDS, Journal
 from longclip.train import checkpoint
 from longclip.train import engine as engines
 from longclip.train.loss import contrastive_loss
@@ -55,6 +55,8 @@ class Job:
     experiment: Experiment
     paths: Mapping[str, str]
     """folders of datasets, towers and tokenizer, by dotted key of the experiment"""
+    beat: Callable[[int], None] = lambda samples: None
+    """called at every sign of life with the pairs seen so far"""
 
 
 @dataclass
@@ -136,11 +138,14 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         nonlocal saved, saved_at
         if journal:
             journal.flush()
+        begun = time.monotonic()
         name = f"step-{state['step']:08d}"
         checkpoint.save(engine, job.run.checkpoints, name, state, ranks, fence=job.attempt.fence)
         if ranks.rank == 0:
             keep = state["best"]["checkpoint"] if state["best"] else None
             checkpoint.retain(job.run.checkpoints, experiment.checkpoint.keep.last, keep)
+        if journal:
+            journal.write(state["step"], state["samples"], {SAVE_SECONDS: time.monotonic() - begun})
         saved, saved_at = state["samples"], time.monotonic()
 
     for part in batches:
@@ -155,6 +160,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         engine.backward(loss)
         grad_norm = engines.step(engine)
         state.update(step=step + 1, samples=(step + 1) * batch)
+        job.beat(state["samples"])
         _note_bad(job, part, step, ranks)
         meters.tokens, meters.captions = meters.tokens + part.tokens, meters.captions + len(part.valid)
 

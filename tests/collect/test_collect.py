@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from longclip.collect import gather as gathering
-from longclip.collect.gather import differences, gather
+from longclip.collect.gather import _reaches, differences, gather
 from longclip.collect.plots import curves, smoothed
 from longclip.collect.tables import Collected, caption, collect, frame, markdown, terminal
 from longclip.errors import UserError
@@ -49,6 +49,7 @@ def test_numbers(sweep: list[RunFolder]) -> None:
     # The 0.9 at 600 was lost with the first attempt.
     assert c512.val == [(300, 0.1), (600, 0.29), (900, 0.3), (1000, 0.6)]
     assert (c77.samples_to, c512.samples_to, c154.samples_to) == (800, 900, None)
+    assert _reaches([(100, 0.1), (200, 0.3), (300, 0.2)], 0.25) == 175, "on the line between two evaluations"
     assert {c77.baseline, c154.baseline, c512.baseline} == {"ctx77"}
     # 2 ranks: 0 to 160 s; and 0 to 120 s, of which what came after 100 s (500 samples) is lost, and 1000 to 1120 s.
     assert (c77.hours, c77.hours_lost) == (pytest.approx(2 * 160 / 3600), 0.0)

@@ -14,8 +14,9 @@ from longclip.errors import SiteError, UserError
 from longclip.launch.cancel import cancel_runs
 from longclip.launch.scheduler import Word, Words
 from longclip.launch.status import state_of, statuses
-from longclip.run.attempts import Superseded, attempts_of, claim, new_attempt
+from longclip.run.attempts import Attempt, Superseded, attempts_of, claim, new_attempt
 from longclip.run.folder import RunFolder, find_runs, read_json, write_json
+from longclip.run.verdicts import INFRASTRUCTURE, stays, verdict_of
 from tests.helpers import START, add_attempt, end, experiment, make_run
 
 
@@ -36,10 +37,14 @@ def said(run: RunFolder, word: Word) -> str:
         (Word("REQUEUE_HOLD"), "running"),
         (Word("SIGNALING"), "running"),
         (Word("A_STATE_OF_TOMORROW"), "running"),
-        (Word("FAILED"), "lost"),
-        (Word("NODE_FAIL"), "lost"),
-        (Word("GONE"), "lost"),
-        (Word("CANCELLED", "by 0"), "cancelled"),
+        (Word("FAILED"), "killed"),
+        (Word("NODE_FAIL"), "node failed"),
+        (Word("TIMEOUT"), "timed out"),
+        (Word("PREEMPTED"), "preempted"),
+        (Word("OUT_OF_MEMORY"), "out of memory"),
+        (Word("GONE"), "killed"),
+        (Word("CANCELLED", "by 1000", by_owner=True), "cancelled"),
+        (Word("CANCELLED", "by 0"), "interrupted"),
         (Word("UNKNOWN"), "unknown"),
     ],
 )
@@ -48,10 +53,126 @@ def test_without_a_verdict_the_scheduler_is_believed(run: RunFolder, word: Word,
     assert said(run, word) == state
 
 
-@pytest.mark.parametrize("verdict", ["finished", "interrupted", "crashed", "diverged"])
-def test_a_verdict_comes_first(run: RunFolder, verdict: str) -> None:
+@pytest.mark.parametrize("verdict", ["finished", "preempted", "crashed", "diverged", "no space"])
+@pytest.mark.parametrize("word", ["GONE", "FAILED", "TIMEOUT", "COMPLETED"])
+def test_of_what_has_ended_the_worker_s_verdict_comes_first(run: RunFolder, verdict: str, word: str) -> None:
     end(add_attempt(run, 0), verdict, 100, START + 5)
-    assert said(run, Word("RUNNING")) == verdict
+    assert said(run, Word(word)) == verdict
+
+
+def test_a_requeued_job_is_queued_whatever_the_last_verdict(run: RunFolder) -> None:
+    end(add_attempt(run, 0), "timed out", 100, START + 5)
+    assert state_of(run, Words({"101": Word("PENDING", "BeginTime")})) == (
+        "queued",
+        "job 101: BeginTime; timed out at 100 samples",
+    )
+
+
+def test_a_preempted_run_is_not_said_to_go_on_while_nobody_can_be_asked(run: RunFolder) -> None:
+    end(add_attempt(run, 0), "preempted", 100, START + 5)
+    state, note = state_of(run, Words({}, complete=False))
+    assert state == "unknown" and "preempted at 100 samples" in note
+
+
+def test_scancel_by_the_owner_is_final_also_after_a_save(run: RunFolder) -> None:
+    end(add_attempt(run, 0), "preempted", 100, START + 5)
+    assert said(run, Word("CANCELLED", "by 1000", by_owner=True)) == "cancelled"
+
+
+def test_a_job_that_nobody_recorded_is_found_by_its_folder(run: RunFolder) -> None:
+    """The submit was killed between sbatch and its record."""
+    attempt = new_attempt(run)
+    write_json(attempt.path / "submitted.json", {"executor": "slurm", "job": None, "time": time.time() - 3600})
+    words = Words({"77": Word("PENDING", "Priority")}, {str(run.path.resolve()): ["77"]})
+    assert state_of(run, words) == ("queued", "job 77: Priority")
+
+
+@pytest.mark.parametrize(
+    ("lines", "state"),
+    [
+        ("slurmstepd: error: *** STEP 101.0 ON n1 CANCELLED AT 2026-11-23T10:00:00 DUE TO TIME LIMIT ***", "timed out"),
+        ("slurmstepd: error: *** JOB 101 ON n1 CANCELLED AT 2026-11-23T10:00:00 DUE TO PREEMPTION ***", "preempted"),
+        ("slurmstepd: error: *** STEP 101.0 ON n1 CANCELLED AT 2026-11-23T10:00:00 DUE TO NODE FAILURE, SEE LOG ***",
+         "node failed"),
+        ("srun: error: Node failure on n2", "node failed"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=101.0.", "out of memory"),
+        ("slurmstepd: error: Step 101.0 exceeded memory limit (9 > 8), being killed", "out of memory"),
+        ("srun: error: n2: task 1: Killed", "killed"),
+        ("slurmstepd: error: *** JOB 101 ON n1 CANCELLED AT 2026-11-23T10:00:00 ***", "cancelled"),
+        ("a log that says nothing", "killed"),
+    ],
+)  # fmt: skip
+def test_without_accounting_the_job_s_log_tells(run: RunFolder, lines: str, state: str) -> None:
+    attempt = add_attempt(run, 0)
+    (attempt.logs / "101_0_log.out").write_text(f"training\n{lines}\n")
+    assert said(run, Word("GONE")) == state
+
+
+def test_a_log_that_goes_on_after_a_requeue_is_read_by_attempt(run: RunFolder) -> None:
+    first = add_attempt(run, 0)
+    log = first.logs / "101_0_log.out"
+    log.write_text("srun: error: Node failure on n2\n")
+    second = claim(run, 2, "101", {"log": "../0001/logs/101_0_log.out", "log_start": log.stat().st_size})
+    with log.open("a") as f:
+        f.write("srun: error: n1: task 0: Killed\n")
+    kinds = [v.kind for a in (first, second) if (v := verdict_of(Attempt(a.path)))]
+    assert kinds == ["node failed", "killed"]
+
+
+def test_a_job_that_died_before_python_started_says_so(run: RunFolder) -> None:
+    attempt = new_attempt(run)
+    write_json(attempt.path / "submitted.json", {"executor": "slurm", "job": "101", "time": time.time()})
+    (attempt.logs / "101_0_log.out").write_text("slurm_script: line 9: conda: command not found\n")
+    state, note = state_of(run, Words({"101": Word("FAILED")}))
+    assert state == "crashed" and "conda: command not found" in note and "before its worker began" in note
+
+
+# ---- whether a run goes on -----------------------------------------------------------------------------------------
+
+
+def failed(run: RunFolder, kind: str, samples: int, resumed: int = 0, submitted: bool = False) -> None:
+    number = len(attempts_of(run)) + 1
+    attempt = add_attempt(run, number) if submitted else claim(run, number, "101", {})
+    attempt.begin(resumed)
+    if kind in INFRASTRUCTURE:
+        attempt.end(kind, samples)
+    else:
+        attempt.fail(1, kind, samples, "boom", "Traceback")
+
+
+@pytest.mark.parametrize(
+    ("history", "goes_on"),
+    [
+        ([("crashed", 100, 0)], True),
+        ([("crashed", 100, 0), ("crashed", 100, 0)], False),
+        ([("crashed", 100, 0), ("crashed", 200, 0)], True),
+        ([("crashed", 100, 0), ("preempted", 150, 0), ("crashed", 100, 0)], True),
+        ([("preempted", 100, 0)] * 9, True),
+        ([("node failed", 100, 0)] * 9, True),
+        ([("out of memory", 100, 0), ("hung", 100, 0)], False),
+        ([("crashed", 120, 100), ("crashed", 130, 100), ("crashed", 110, 100)], False),
+        ([("crashed", 120, 100), ("crashed", 230, 200), ("crashed", 310, 300)], True),
+        ([("diverged", 100, 0)], False),
+        ([("bad input", 0, 0)], False),
+        ([("no space", 100, 0)], False),
+    ],
+)
+def test_own_failures_are_bounded_by_progress(
+    run: RunFolder, history: list[tuple[str, int, int]], goes_on: bool
+) -> None:
+    for i, (kind, samples, resumed) in enumerate(history):
+        failed(run, kind, samples, resumed, submitted=i == 0)
+    assert (stays(run) is None) is goes_on
+    failed(run, "crashed", history[-1][1], submitted=True)
+    assert stays(run) is None, "a person who submits again begins the count anew"
+
+
+def test_the_first_rank_that_failed_is_blamed(run: RunFolder) -> None:
+    attempt = add_attempt(run, 0)
+    attempt.fail(1, "crashed", 100, "ValueError: the culprit", "")
+    attempt.fail(0, "crashed", 100, "RuntimeError: Connection closed by peer", "")
+    verdict = verdict_of(Attempt(attempt.path))
+    assert verdict is not None and "rank 1" in verdict.message and "the culprit" in verdict.message
 
 
 def test_an_attempt_in_sbatch_s_hands_is_not_submitted_again(run: RunFolder) -> None:

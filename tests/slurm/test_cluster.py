@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.conftest import DEV_CLUSTER, Cluster
+from tests.conftest import DEV_CLUSTER, Cluster
 
 PRETEND = ["--partition=pretend", "--nodes=1", "--gpus-per-node=4", "--ntasks-per-node=4", "--time=60"]
 

@@ -12,8 +12,8 @@ import pytest
 
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder, runs_of
+from tests.conftest import Cluster
 from tests.launch.small import curve, environment, longclip, make_sweep, the_run
-from tests.slurm.conftest import Cluster
 
 WINDOWS = (4, 5, 6, 9)
 ROOT = Path(__file__).parents[2]

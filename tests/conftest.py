@@ -1,4 +1,4 @@
-"""A real Slurm cluster for the tests below this folder, made by ``slurm/dev-cluster`` and shared by all of them."""
+"""A real Slurm cluster for the tests, made by ``slurm/dev-cluster`` and shared by all of them."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-DEV_CLUSTER = Path(__file__).parents[2] / "slurm" / "dev-cluster"
+DEV_CLUSTER = Path(__file__).parents[1] / "slurm" / "dev-cluster"
 SOMETHING_MISSING = 3
 """The exit code by which dev-cluster says that a cluster cannot be had on this machine."""
 

@@ -1,0 +1,91 @@
+"""How a job gets its run's next time slot: what the batch script does around the worker, outside any container.
+
+*requeue*: the worker leaves with :data:`AGAIN`, or is killed, and its batch script hands the job back to Slurm.
+*chain*: jobs queued ahead, each after the end of the one before, for sites where requeue is off or where preemption
+cancels. *submit*: nobody but the user, with ``longclip submit``.
+
+Whether a run may go on is decided by the worker, who can read its record (:func:`longclip.run.verdicts.stays`). It
+tells the script by a file, because srun's exit code is the highest of all ranks': one that was killed hides AGAIN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from longclip.run.folder import RunFolder, write_text
+
+AGAIN = 85
+"""The exit code of a worker that has saved and wants to go on"""
+SIGNAL_LEAD = 120
+"""seconds before the time limit at which Slurm sends USR2, until a save has been measured"""
+SLACK = 60
+"""USR2 may come this many seconds early (sbatch(1), --signal), so a save must not be late by as much"""
+EXCLUDE = ".exclude"
+"""Below ``attempts/``: nodes that Slurm shall not give to this run's next attempt"""
+
+
+def mark(run: RunFolder, job: str) -> Path:
+    """The file that says "start this job again if it fails"; it is there while a worker of the job is at work."""
+    return run.attempts / f".again-{job}"
+
+
+def may_again(run: RunFolder, job: str, excluded: list[str]) -> None:
+    """Lets the batch script start ``job`` again, elsewhere than on ``excluded``."""
+    write_text(mark(run, job), "")
+    if excluded or (run.attempts / EXCLUDE).exists():
+        write_text(run.attempts / EXCLUDE, ",".join(excluded))
+
+
+def not_again(run: RunFolder, job: str) -> None:
+    """The batch script lets ``job`` end."""
+    with contextlib.suppress(OSError):
+        mark(run, job).unlink()
+
+
+def before() -> list[str]:
+    """Lines of the batch script before the worker.
+
+    The trap: Slurm sends TERM to a script whose job is requeued, and it must live for the line after that. A trap and
+    not an ignored signal, which the worker would inherit where srun is not between them.
+    """
+    return ["trap : TERM", 'again="attempts/.again-$SLURM_JOB_ID"', 'rm -f "$again"']
+
+
+def after() -> list[str]:
+    """Lines of the batch script after the worker; they run in the run's folder (``--chdir``).
+
+    Only a RUNNING job is requeued: one that was cancelled, or that Slurm itself requeues after preemption, is not. The
+    nodes to avoid can be set once it is pending. A controller that is down for a moment is asked again.
+    """
+    return [
+        "code=$?",
+        'if [ "$code" -ne 0 ] && [ -e "$again" ]; then',
+        "  for pause in 0 5 10 20 40 60; do",
+        '    sleep "$pause"',
+        '    state=$(scontrol show job -o "$SLURM_JOB_ID") || continue',
+        '    case $state in *" JobState=RUNNING "*) ;; *) break ;; esac',
+        '    scontrol requeue "$SLURM_JOB_ID" || continue',
+        f"    [ ! -e attempts/{EXCLUDE} ] ||",
+        f'      scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(cat attempts/{EXCLUDE})"',
+        "    break",
+        "  done",
+        "fi",
+        'exit "$code"',
+    ]
+
+
+def lead(limit_minutes: int, save_seconds: float | None) -> int:
+    """Seconds before the time limit at which to ask a worker to save.
+
+    Three times what the run's saves have taken so far, for a step and the ranks' agreement come before; no more than
+    a quarter of the time limit, or a short job would do nothing but save.
+    """
+    wanted = SIGNAL_LEAD if save_seconds is None else SLACK + max(30, 3 * save_seconds)
+    return int(max(1, min(wanted, limit_minutes * 60 / 4)))
+
+
+def in_slurm() -> bool:
+    """Whether this process runs in a job that submit queued."""
+    return os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
