@@ -5,7 +5,6 @@ Plain text, line by line, for terminals and pipes alike. Reading changes nothing
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -20,6 +19,7 @@ from longclip.launch.status import Status, statuses
 from longclip.run.attempts import FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder
 from longclip.run.journal import Point, read_points
+from longclip.run.verdicts import first_failure, log_of, verdict_of
 
 POLL_SECONDS, ASK_SECONDS = 1.0, 15.0
 """While following: time between two looks at the log, and between two questions to the scheduler"""
@@ -30,38 +30,6 @@ COLUMNS = ("train/loss", "train/grad_norm", "train/lr", "train/scale")
 _NOT_A_NUMBER = re.compile(r"\b(nan|inf|infinity)\b", re.IGNORECASE)  # not "finance"
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What one rank wrote as it failed."""
-
-    file: Path
-    rank: int
-    host: str
-    time: float
-    """seconds since 1970, by that rank's clock"""
-    traceback: str
-
-
-def first_failure(attempt: Attempt) -> Failure | None:
-    """The failure of the rank that failed first: what the others tell is mostly that it was gone."""
-    return min(_failures(attempt), key=lambda f: (f.time, f.rank), default=None)
-
-
-def _failures(attempt: Attempt) -> Iterator[Failure]:
-    """From ``failed-<rank>.json``, or the ``error-<rank>.txt`` of older runs, whose time is the file's."""
-    for file in [*attempt.path.glob("failed-*.json"), *attempt.path.glob("error-*.txt")]:
-        text, rank = file.read_text(encoding="utf-8", errors="replace"), int(file.stem.rpartition("-")[2])
-        if file.suffix == ".txt":
-            yield Failure(file, rank, "", file.stat().st_mtime, text)
-            continue
-        try:
-            said = json.loads(text)
-            what = str(said.get("traceback") or said.get("message", ""))
-            yield Failure(file, rank, str(said.get("host", "")), float(said.get("time", math.inf)), what)
-        except (ValueError, AttributeError):  # torn: the rank was killed as it wrote
-            yield Failure(file, rank, "", math.inf, text)
-
-
 def tail(run: RunFolder, rank: int, attempt: int | None, lines: int) -> Iterator[str]:
     """The last ``lines`` lines of a rank's log of one attempt (by default the newest), and what went wrong in it.
 
@@ -69,14 +37,14 @@ def tail(run: RunFolder, rank: int, attempt: int | None, lines: int) -> Iterator
         UserError: there is no such attempt, or nothing of this rank.
     """
     one = _attempt(run, attempt)
-    file = log_of(run, one, rank)
+    part = _part(run, one, rank)
     wrong = list(_what_went_wrong(one, rank))
-    if file is None and not wrong:
+    if part is None and not wrong:
         raise _no_log(run, one, rank)
     yield f"==> {_heading(run, one)}"
-    if file is not None:
-        yield f"==> {file}"
-        yield from _last_lines(file, lines)[0]
+    if part is not None:
+        yield f"==> {part.file}"
+        yield from part.last_lines(lines)[0]
     yield from wrong
 
 
@@ -95,9 +63,9 @@ def follow(run: RunFolder, rank: int, lines: int) -> Iterator[str]:
             yield f"==> {_heading(run, attempt)}"
             shown = attempt
         if shown is not None:
-            if not positions and (file := log_of(run, shown, rank)) is not None:
-                yield f"==> {file}"
-                said, positions[file] = _last_lines(file, lines, whole=False)
+            if not positions and (part := _part(run, shown, rank)) is not None:
+                yield f"==> {part.file}"
+                said, positions[part.file] = part.last_lines(lines, whole=False)
                 yield from said
             yield from _added(run, shown, rank, positions)
         if shown is not None and shown.ended and shown.number != ended:
@@ -142,18 +110,18 @@ def around(run: RunFolder, rank: int, attempt: int | None, lines: int, text: str
 
     candidates = attempts_of(run)[::-1] if attempt is None else [_attempt(run, attempt)]
     for one in candidates:
-        file = log_of(run, one, rank)
+        part = _part(run, one, rank)
         extra = [] if nan else [text.lower()]
         table = list(_points_around(read_points(one.journal), point_has, extra))
-        said = [] if file is None else list(_lines_around(file, lines, line_has))
+        said = [] if part is None else list(_lines_around(part.lines(), lines, line_has))
         if not table and not said:
             continue
         yield f"==> {_heading(run, one)}"
         if table:
             yield f"==> {one.journal}"
             yield from table
-        if said:
-            yield f"==> {file}"
+        if part is not None and said:
+            yield f"==> {part.file}"
             yield from said
         if nan:
             yield f"next: longclip retry {run.name} (from its newest checkpoint), or submit another recipe (a new run)"
@@ -162,16 +130,49 @@ def around(run: RunFolder, rank: int, attempt: int | None, lines: int, text: str
     raise UserError(f"{run.name}: neither the journal nor the log of rank {rank} has {text!r} in {where}")
 
 
-def log_of(run: RunFolder, attempt: Attempt, rank: int) -> Path | None:
-    """The file that has the output of ``rank``. A job that Slurm requeues goes on writing where it began: in the logs
-    of the attempt as which it was submitted."""
-    own = sorted(attempt.logs.glob(f"*_{rank}_log.out"))
-    if not own and attempt.job:
-        own = sorted(run.attempts.glob(f"*/logs/{attempt.job}_{rank}_log.out"))
-    return own[-1] if own else None
-
-
 # ---- parts of it -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An attempt's own part of a log file, in bytes; ``end`` is None where nobody wrote after it."""
+
+    file: Path
+    start: int = 0
+    end: int | None = None
+
+    def lines(self) -> Iterator[bytes]:
+        with self.file.open("rb") as f:
+            f.seek(self.start)
+            while (self.end is None or f.tell() < self.end) and (line := f.readline()):
+                yield line
+
+    def last_lines(self, count: int, whole: bool = True) -> tuple[list[str], int]:
+        """The last lines and the position behind them; without ``whole``, up to the last line that is complete."""
+        last: deque[bytes] = deque(maxlen=count + 1)
+        position = self.start
+        for line in self.lines():
+            last.append(line)
+            position += len(line)
+        if not whole and last and not last[-1].endswith(b"\n"):
+            position -= len(last.pop())
+        return [_text(line) for line in list(last)[-count:]], position
+
+
+def _part(run: RunFolder, attempt: Attempt, rank: int) -> _Part | None:
+    """The output of ``rank``. A requeued job goes on in the log where it began; where each attempt begins in it is
+    known of rank 0 only, so of the others it is the whole file."""
+    found = log_of(attempt)
+    if found is None:
+        return None
+    file, start = found[0].resolve(), found[1]
+    if rank:
+        file, start = file.with_name(file.name.replace("_0_log.out", f"_{rank}_log.out")), 0
+    if not file.exists():
+        return None
+    later = [place for a in attempts_of(run) if a.number > attempt.number and (place := log_of(a))]
+    ends = [begin for other, begin in later if other.resolve() == file]
+    return _Part(file, start, ends[0] if ends else None)
 
 
 def _attempt(run: RunFolder, number: int | None) -> Attempt:
@@ -209,8 +210,8 @@ def _heading(run: RunFolder, attempt: Attempt) -> str:
         words.append(f"{started.get('ranks', '?')} ranks on {','.join(started.get('nodes', []))}")
     if attempt.resumed_at:
         words.append(f"from sample {attempt.resumed_at:,}")
-    if ended := attempt.ended:
-        words.append(": ".join(str(ended[k]) for k in ("verdict", "message") if ended.get(k)))
+    if verdict := verdict_of(attempt):
+        words.append(": ".join(filter(None, [verdict.kind, verdict.message])))
     return ", ".join(words)
 
 
@@ -220,9 +221,8 @@ def _standing(status: Status) -> str:
 
 def _what_went_wrong(attempt: Attempt, rank: int) -> Iterator[str]:
     if failure := first_failure(attempt):
-        where = f" on {failure.host}" if failure.host else ""
-        yield f"==> first to fail: rank {failure.rank}{where}: {failure.file}"
-        yield from failure.traceback.rstrip().splitlines()
+        yield f"==> first to fail: rank {failure['rank']} on {failure['host']}"
+        yield from str(failure["traceback"]).rstrip().splitlines()
     stacks = sorted(attempt.path.glob("stacks-*.txt"))
     if stacks:
         mine = next((p for p in stacks if int(p.stem.rpartition("-")[2]) == rank), stacks[0])
@@ -232,45 +232,35 @@ def _what_went_wrong(attempt: Attempt, rank: int) -> Iterator[str]:
             yield f"==> and beside it: {', '.join(others)}"
 
 
-def _last_lines(file: Path, count: int, whole: bool = True) -> tuple[list[str], int]:
-    """The last lines and the position behind them; without ``whole``, up to the last line that is complete."""
-    with file.open("rb") as f:
-        last = deque(f, maxlen=count + 1)
-        end = f.tell()
-    if not whole and last and not last[-1].endswith(b"\n"):
-        end -= len(last.pop())
-    return [_text(line) for line in list(last)[-count:]] if count else [], end
-
-
 def _added(
     run: RunFolder, attempt: Attempt, rank: int, positions: dict[Path, int], whole: bool = False
 ) -> Iterator[str]:
     """Lines that the log of an attempt has gained; with ``whole`` also a last one that has no end yet."""
-    file = log_of(run, attempt, rank)
-    if file is None:
+    part = _part(run, attempt, rank)
+    if part is None:
         return
-    if file not in positions:
-        yield f"==> {file}"
-    with file.open("rb") as f:  # opened anew each time: an NFS client asks the server what is new only then
-        f.seek(positions.get(file, 0))
+    if part.file not in positions:
+        yield f"==> {part.file}"
+        positions[part.file] = part.start
+    with part.file.open("rb") as f:  # opened anew each time: an NFS client asks the server what is new only then
+        f.seek(positions[part.file])
         data = f.read()
     if not whole:
         data = data[: data.rfind(b"\n") + 1]
-    positions[file] = positions.get(file, 0) + len(data)
+    positions[part.file] += len(data)
     yield from (_text(line) for line in data.splitlines())
 
 
-def _lines_around(file: Path, lines: int, has: Callable[[str], bool]) -> Iterator[str]:
-    before: deque[str] = deque(maxlen=max(lines // 2, 0))
-    with file.open("rb") as f:
-        for raw in f:
-            line = _text(raw)
-            if has(line):
-                yield from (f"  {one}" for one in before)
-                yield f"> {line}"
-                yield from (f"  {_text(one)}" for one in islice(f, lines - lines // 2))
-                return
-            before.append(line)
+def _lines_around(log: Iterator[bytes], lines: int, has: Callable[[str], bool]) -> Iterator[str]:
+    before: deque[str] = deque(maxlen=lines // 2)
+    for raw in log:
+        line = _text(raw)
+        if has(line):
+            yield from (f"  {one}" for one in before)
+            yield f"> {line}"
+            yield from (f"  {_text(one)}" for one in islice(log, lines - lines // 2))
+            return
+        before.append(line)
 
 
 def _text(line: bytes) -> str:

@@ -18,6 +18,7 @@ from longclip.launch.status import CONTINUES, statuses
 from longclip.run.attempts import Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json
 from longclip.run.journal import read_points
+from longclip.run.verdicts import verdict_of
 
 
 def facts(run: RunFolder) -> dict[str, Any]:
@@ -50,11 +51,11 @@ def facts(run: RunFolder) -> dict[str, Any]:
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:
-    submitted, started, ended = attempt.submitted or {}, attempt.started or {}, attempt.ended or {}
+    submitted, started, verdict = attempt.submitted or {}, attempt.started or {}, verdict_of(attempt)
     points = read_points(attempt.journal)
     begin = started.get("time")
     # Killed: it lived at least until its last point.
-    finish = ended.get("time") or (points[-1].time if points else None)
+    finish = (verdict.time if verdict else None) or (points[-1].time if points else None)
     return {
         "number": attempt.number,
         "job": attempt.job,
@@ -72,9 +73,10 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "ended": finish,
         "seconds": None if begin is None or finish is None else finish - begin,
         "from": attempt.resumed_at,
-        "to": points[-1].samples if points else ended.get("samples"),
-        "verdict": ended.get("verdict"),
-        "message": ended.get("message", ""),
+        "to": points[-1].samples if points else verdict.samples if verdict else None,
+        "verdict": verdict.kind if verdict else None,
+        "message": verdict.message if verdict else "",
+        "said_by": verdict.source if verdict else None,
         "cancelled_by": (_json(attempt.path / "cancelled.json") or {}).get("user"),
     }
 

@@ -5,7 +5,7 @@
         experiment.yaml        the experiment as it was first submitted, resolved
         attempts/0001/         one try: experiment.yaml, submitted.json, started.json (the claim), resumed.json,
                                journal.jsonl, ended.json (the verdict), logs/; where it applies cancelled.json,
-                               error-<rank>.txt, bad-samples-<rank>.jsonl
+                               failed-<rank>.json, bad-samples-<rank>.jsonl
         checkpoints/           step-*/, latest (see train/checkpoint.py)
         evaluations/           scores of checkpoints on test sets
         mlflow.json            the MLflow run that stands for this run

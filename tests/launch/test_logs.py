@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -64,20 +63,14 @@ def test_what_is_not_there_is_a_user_s_mistake(run: RunFolder) -> None:
 def test_the_rank_that_failed_first_is_blamed(run: RunFolder) -> None:
     attempt = add_attempt(run, 0)
     for rank, when, what in ((0, 30.0, "connection closed by peer"), (3, 20.0, "CUDA error"), (1, 25.0, "closed too")):
-        record = {"rank": rank, "host": f"n{rank}", "pid": 1, "samples": 100, "time": START + when, "message": what}
-        write_json(attempt.path / f"failed-{rank:04d}.json", {**record, "traceback": f"Traceback ...\n{what}\n"})
+        record = {"rank": rank, "host": f"n{rank}", "kind": "crashed", "samples": 100, "time": START + when}
+        write_json(
+            attempt.path / f"failed-{rank:04d}.json",
+            {**record, "message": what, "traceback": f"Traceback ...\n{what}\n"},
+        )
     (attempt.path / "failed-0002.json").write_text('{"rank": 2, "ti')  # killed as it wrote
     said = tail(run)
     assert "first to fail: rank 3 on n3" in said and "CUDA error" in said and "closed" not in said
-
-
-def test_tracebacks_of_older_runs(run: RunFolder) -> None:
-    attempt = add_attempt(run, 0)
-    for rank, when in ((0, 30.0), (1, 20.0)):
-        file = attempt.path / f"error-{rank:04d}.txt"
-        file.write_text(f"of rank {rank}")
-        os.utime(file, (START + when, START + when))
-    assert "of rank 1" in tail(run) and "of rank 0" not in tail(run)
 
 
 def test_the_stacks_of_a_hang(run: RunFolder) -> None:
@@ -91,9 +84,13 @@ def test_the_stacks_of_a_hang(run: RunFolder) -> None:
 def test_a_requeued_job_writes_where_it_began(run: RunFolder) -> None:
     first = add_attempt(run, 0)
     say(first, 0, "before the requeue")
-    second = claim(run, first.number, str(first.job), {"nodes": ["n3"], "ranks": 2})
+    log = first.logs / "101_0_log.out"
+    place = {"log": f"../0001/logs/{log.name}", "log_start": log.stat().st_size}
+    claim(run, first.number, str(first.job), {"nodes": ["n3"], "ranks": 2, **place})
     say(first, 0, "after the requeue")
-    assert "after the requeue" in tail(run, attempt=second.number)
+    assert "after the requeue" in tail(run) and "before" not in tail(run)
+    assert "before the requeue" in tail(run, attempt=1) and "after" not in tail(run, attempt=1)
+    assert "attempt 1" in next(logs.around(run, 0, None, 4, "before the"))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

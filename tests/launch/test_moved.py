@@ -44,7 +44,7 @@ def test_a_copied_run_goes_on_under_another_root(moved: Path) -> None:
     run = the_run(runs, "ctx5")
     before = read_json(run.path / "mlflow.json")
     name, killed_at = run.name, curve(run)[-1][0]
-    assert "lost" in longclip("status", "small", "--runs", runs, cwd=moved)
+    assert "killed" in longclip("status", "small", "--runs", runs, cwd=moved)
 
     said = longclip("submit", "small", "--on", "local", "--runs", runs, cwd=moved)
     assert "resume" in said and "all finished" in said, said
@@ -80,15 +80,15 @@ NOBODY = 65534
 @pytest.fixture
 def shared() -> Iterator[Path]:
     """A folder that every user can reach (pytest's own are the user's), with ``runs/tiny/ctx77-*`` (finished),
-    ``ctx154-*`` (lost) and ``ctx256-*`` (not started) in it, which everybody may read and nobody may write."""
+    ``ctx154-*`` (crashed) and ``ctx256-*`` (not started) in it, which everybody may read and nobody may write."""
     root = Path(tempfile.mkdtemp(prefix="longclip-shared-"))
     finished_run(root / "runs", experiment(77), {500: 0.2, 1000: 0.3})
-    lost = make_run(root / "runs", experiment(154))
-    attempt = add_attempt(lost, 0)
+    crashed = make_run(root / "runs", experiment(154))
+    attempt = add_attempt(crashed, 0)
     train(attempt, 0, 600, 60)
-    save_checkpoint(lost, 400)
+    save_checkpoint(crashed, 400)
     (attempt.logs / "101_0_log.out").write_text("a line of the log\n")
-    (attempt.path / "failed-0001.json").write_text('{"rank": 1, "host": "n2", "time": 1, "traceback": "out of memory"}')
+    attempt.fail(1, "crashed", 600, "out of memory", "Traceback ... out of memory")
     end(attempt, "crashed", 600, 200, "out of memory")
     make_run(root / "runs", experiment(256))
     root.chmod(0o755)

@@ -90,7 +90,9 @@ def test_one_page(run: RunFolder) -> None:
 
 def test_a_run_that_has_nothing_yet(tmp_path: Path) -> None:
     text = drawn(make_run(tmp_path, experiment()))
-    assert "new, 0/1,000 samples" in text and "not synced yet" in text and "context_length: 77" in text
+    assert (
+        "waiting, 0/1,000 samples: not queued yet" in text and "not synced yet" in text and "context_length: 77" in text
+    )
 
 
 def test_brackets_and_torn_records(run: RunFolder) -> None:
