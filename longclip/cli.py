@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from longclip import __version__
-from longclip.errors import LongclipError, UserError
+from longclip.errors import LongclipError, SiteError, UserError
 
 app = typer.Typer(
     name="longclip",
@@ -41,6 +41,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", he
 SiteName = Annotated[str | None, typer.Option("--site", help="Site profile: a name or a file.")]
 Runs = Annotated[Path | None, typer.Option("--runs", help="Folder of the runs, in place of the site's.")]
 Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
+Run = Annotated[str, typer.Argument(help="Name, unique start of one, sweep/name, path or job id.", show_default=False)]
 Target = Annotated[str | None, typer.Argument(help="Sweep, run, unique start of a run's name, path or job id.")]
 
 
@@ -53,6 +54,11 @@ def main() -> None:
             raise
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(error.exit_code)
+    except PermissionError as error:  # somebody else's folder
+        if _debug:
+            raise
+        print(f"error: {': '.join(filter(None, (error.filename, error.strerror)))}", file=sys.stderr)
+        sys.exit(SiteError.exit_code)
     except BrokenPipeError:  # `longclip status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -266,30 +272,65 @@ def _find(site: str | None, runs: Path | None, target: str | None) -> list[Any]:
 
 @app.command()
 def logs(
-    target: Annotated[str, typer.Argument(help="Run.")],
-    rank: Annotated[int, typer.Option("--rank", help="Whose log.")] = 0,
-    lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last lines.")] = 40,
+    target: Run,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+    rank: Annotated[int, typer.Option("--rank", help="Whose log.", min=0)] = 0,
+    attempt: Annotated[int | None, typer.Option("--attempt", help="Which attempt, by default the newest.")] = None,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the last lines.", min=1)] = 40,
+    around: Annotated[
+        str | None, typer.Option("--around", metavar="TEXT", help="Points and lines around the first TEXT: nan")
+    ] = None,
     site: SiteName = None,
     runs: Runs = None,
 ) -> None:
-    """The last lines of a run's log, and the first error if it failed."""
-    from longclip.run.attempts import attempts_of
+    """The last lines of a run's log, and the first failure if there was one."""
+    from longclip.launch import logs as read
+
+    if follow and (attempt is not None or around is not None):
+        raise UserError("-f follows the newest attempt; leave out --attempt and --around")
+    (run,) = _single(_find(site, runs, target))
+    if follow:
+        said = read.follow(run, rank, lines)
+    elif around is not None:
+        said = read.around(run, rank, attempt, lines, around)
+    else:
+        said = read.tail(run, rank, attempt, lines)
+    try:
+        for line in said:
+            print(line, flush=follow)
+    except KeyboardInterrupt:  # the usual end of -f
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def show(target: Run, as_json: Json = False, site: SiteName = None, runs: Runs = None) -> None:
+    """One page about a run: state, attempts, checkpoints, scores, pinned content, resolved experiment."""
+    from longclip import screen
+    from longclip.launch.show import facts, page
 
     (run,) = _single(_find(site, runs, target))
-    attempts = attempts_of(run)
-    if not attempts:
-        raise UserError(f"{run.name}: has not been submitted yet")
-    last = attempts[-1]
-    errors = sorted(last.path.glob("error-*.txt"), key=lambda p: p.stat().st_mtime)
-    files = sorted(last.logs.glob(f"*_{rank}_log.out"))
-    if not files and not errors:
-        raise UserError(f"{run.name}: attempt {last.number} has no log of rank {rank} yet ({last.logs})")
-    for file in files[-1:]:
-        print(f"==> {file}")
-        print("\n".join(file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))
-    for error in errors[:1]:
-        print(f"==> first to fail: {error}")
-        print(error.read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps(facts(run), indent=1))
+    else:
+        screen.out.print(page(facts(run), run.experiment_file.read_text(encoding="utf-8")))
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(help="Run or experiment file.")],
+    b: Annotated[str, typer.Argument(help="Run or experiment file.")],
+    as_json: Json = False,
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """Which keys differ, and whether that makes them different runs."""
+    from longclip.launch.diff import compare
+
+    found = compare(a, b, _site(site, runs))
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        print("\n".join(found.lines()))
 
 
 def _single(found: list[Any]) -> list[Any]:

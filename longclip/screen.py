@@ -14,7 +14,7 @@ from rich.table import Table
 
 from longclip.errors import LongclipError
 from longclip.experiment.schema import Experiment, time_warning
-from longclip.launch.status import statuses
+from longclip.launch.status import UNDER_WAY, statuses
 from longclip.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def watch(runs: Sequence[RunFolder], until: Callable[[], bool] | None = None) ->
         if until is not None:
             return until()
         # A scheduler that does not answer for a moment has ended nothing.
-        return all(s.state not in ("queued", "running", "unknown") for s in statuses(runs)[0])
+        return all(s.state not in UNDER_WAY for s in statuses(runs)[0])
 
     try:
         if not out.is_terminal:

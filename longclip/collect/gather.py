@@ -11,6 +11,7 @@ from typing import Any
 from longclip.run.attempts import FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json
 from longclip.run.journal import Point, effective, read_points, series, text_shares
+from longclip.run.verdicts import Verdict, verdict_of
 
 WINDOW = "model.context_length"
 RECALL = "val/mean_recall_at_1"
@@ -98,7 +99,7 @@ def _row(run: RunFolder, name: str) -> Row:
     experiment = run.experiment()
     attempts = attempts_of(run)
     points = effective(run)
-    ended = (attempts[-1].ended or {}) if attempts else {}
+    verdict = verdict_of(attempts[-1]) if attempts else None
     file = run.evaluations / "test.json"
     test = read_json(file) if file.exists() else {}
     window = experiment.model.context_length
@@ -111,9 +112,9 @@ def _row(run: RunFolder, name: str) -> Row:
         context_length=window,
         axes=run.axes(),
         identity=run.identity(),
-        finished=ended.get("verdict") == FINISHED,
-        verdict=ended.get("verdict"),
-        message=str(ended.get("message", "")),
+        finished=verdict is not None and verdict.kind == FINISHED,
+        verdict=verdict.kind if verdict else None,
+        message=verdict.message if verdict else "",
         samples=points[-1].samples if points else 0,
         total=totals[-1] if totals else experiment.train.samples,
         waste=waste,
@@ -147,13 +148,13 @@ def rank_hours(attempts: Sequence[Attempt]) -> tuple[float, float]:
     cut = float("inf")
     for attempt in reversed(attempts):
         points = read_points(attempt.journal)
-        started, ended = attempt.started or {}, attempt.ended or {}
+        started, verdict = attempt.started or {}, verdict_of(attempt)
         begin = started.get("time")
-        finish = ended.get("time") or (points[-1].time if points else None)
+        finish = (verdict.time if verdict else None) or (points[-1].time if points else None)
         if begin is not None and finish is not None:
             ranks = int(started.get("ranks", 1))
             total += (finish - begin) * ranks
-            lost += (finish - _useful_until(points, cut, begin, finish, ended)) * ranks
+            lost += (finish - _useful_until(points, cut, begin, finish, verdict)) * ranks
         if attempt.resumed_at is not None:
             cut = min(cut, attempt.resumed_at)
     return total / 3600, lost / 3600
@@ -170,9 +171,9 @@ def _codes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(reversed(codes)))
 
 
-def _useful_until(points: Sequence[Point], cut: float, begin: float, finish: float, ended: Mapping[str, Any]) -> float:
+def _useful_until(points: Sequence[Point], cut: float, begin: float, finish: float, verdict: Verdict | None) -> float:
     if not points:  # a start that failed, unless only the test was left to do
-        return finish if ended.get("verdict") == FINISHED else begin
+        return finish if verdict is not None and verdict.kind == FINISHED else begin
     if points[-1].samples <= cut:
         return finish
     return max((p.time for p in points if p.samples <= cut), default=begin)

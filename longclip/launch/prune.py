@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longclip.errors import LongclipError, SiteError
-from longclip.launch.status import Status, statuses
+from longclip.launch.status import UNDER_WAY, Status, statuses
 from longclip.run import checkpoints
 from longclip.run.folder import RunFolder, read_json
 
-BUSY = ("queued", "running", "waiting", "unknown")
+BUSY = (*UNDER_WAY, "waiting")
 """States in which a job may be using the checkpoints, or is about to"""
 ABANDONED = 3600.0
 """Seconds after which what is half-written counts as left behind by a killed attempt, clocks being what they are"""

@@ -15,6 +15,8 @@ from longclip.run.verdicts import INFRASTRUCTURE, OWN, Verdict, log_text, stays,
 
 CONTINUES = (*INFRASTRUCTURE, "killed", "waiting", "lost", "rejected")
 """States from which submit continues a run without being told twice"""
+UNDER_WAY = ("queued", "running", "unknown")
+"""States in which a job of the run may be alive"""
 BEING_SUBMITTED = 300
 """Seconds for which an attempt without a job id counts as being in sbatch's hands"""
 _OF_SLURM = {

@@ -38,6 +38,7 @@ from longclip.run.attempts import Attempt, new_attempt
 from longclip.run.folder import RunFolder, dump_experiment, read_json, runs_of, write_json, write_text
 from longclip.run.journal import SAVE_SECONDS, effective, series
 from longclip.track.lease import Lease
+from longclip.track.stream import streamable
 
 LIMITS = ("MaxSubmit", "MaxJobs", "GrpSubmit", "job submit limit", "AssocGrp", "QOSMax")
 """In sbatch's words: this user has as many jobs in the queue as may be"""
@@ -208,6 +209,11 @@ def save_seconds(run: RunFolder) -> float | None:
 def warnings(plans: Sequence[Plan], site: Site) -> list[str]:
     """What a submit should know and is no obstacle."""
     found = []
+    if (site.tracking or "").startswith("http") and streamable(site.tracking) is None:
+        found.append(
+            "jobs do not stream to the tracking server: its address holds a password, which run folders would keep; "
+            "take it from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     for plan in plans:
         taken = save_seconds(plan.run) if plan.queues else None
         if taken is not None and site.grace_s is not None and taken > site.grace_s:
@@ -343,6 +349,7 @@ def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str |
         "site": site.name,
         "paths": plan.resolved.paths,
         "samples": plan.resolved.samples,
+        "tracking": streamable(site.tracking),
         **code.as_record(),
         "time": time.time(),
     }

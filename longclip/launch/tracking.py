@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from longclip.errors import SiteError
-from longclip.launch.status import statuses
+from longclip.launch.status import UNDER_WAY, statuses
 from longclip.run.folder import RunFolder
 from longclip.track.mlflow import SyncReport, sync
 
 EVERY = 30.0
 """seconds between two syncs of ``longclip sync --watch``"""
-UNDER_WAY = ("queued", "running", "waiting", "unknown")
 
 
 def sync_runs(runs: Sequence[RunFolder], uri: str) -> SyncReport:
@@ -27,7 +26,7 @@ def keep_synced(runs: Sequence[RunFolder], uri: str, say: Callable[[str], None])
     """
     while True:
         # Asked before the sync: what a run wrote until its end is then sent.
-        over = all(s.state not in UNDER_WAY for s in statuses(runs)[0])
+        over = all(s.state not in (*UNDER_WAY, "waiting") for s in statuses(runs)[0])
         try:
             report = sync_runs(runs, uri)
         except SiteError as error:

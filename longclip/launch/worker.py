@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,11 @@ from longclip.launch.snapshot import OtherCode, check_imported, code_hash
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, Superseded, claim
 from longclip.run.folder import RunFolder, load_experiment, read_json, write_json
 from longclip.run.verdicts import stays
+from longclip.track.stream import start_stream
 
 if TYPE_CHECKING:
     from longclip.train.ranks import Ranks
+    from longclip.train.watch import Who
 
 MEETING_TIMEOUT = 600
 """seconds that ranks wait for rank 0 to say where it listens"""
@@ -105,8 +108,7 @@ def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
     Raises on all ranks: Leave where the last verdict is final, Superseded where another job has the attempt.
     """
     global _attempt
-    from longclip.train.loop import Job, train
-    from longclip.train.watch import Watch, Who
+    from longclip.train.watch import Who
 
     who = ranks.gather(Who.here(ranks.rank))
     facts = {
@@ -123,6 +125,22 @@ def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
     submitted = Attempt(record.attempts / f"{number:04d}")
     experiment = load_experiment(submitted.path / "experiment.yaml")
     paths = (submitted.submitted or {})["paths"]
+    uri = (submitted.submitted or {}).get("tracking") if ranks.rank == 0 else None
+    with _streamed(attempt, uri):
+        return _train_claimed(record, attempt, experiment, paths, who, ranks)
+
+
+def _train_claimed(
+    record: RunFolder,
+    attempt: Attempt,
+    experiment: Experiment,
+    paths: Mapping[str, str],
+    who: Sequence[Who],
+    ranks: Ranks,
+) -> str:
+    from longclip.train.loop import Job, train
+    from longclip.train.watch import Watch
+
     begun = time.time()
     report = preflight(attempt.path, ranks, who, needs_of(experiment, paths))
     if ranks.rank == 0:
@@ -136,14 +154,31 @@ def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
             watch.beat(samples)
 
         verdict = train(Job(record, attempt, experiment, paths, beat), ranks, lambda: _Signals.received is not None)
+    message = ""
     if verdict == INTERRUPTED:
         verdict, message = why_interrupted(ranks, begun, parse_time(experiment.slurm.time))
-    else:
-        message = ""
     if ranks.rank == 0:
         attempt.end(verdict, _seen, message)
     ranks.agree(True)  # nobody leaves before the verdict is written
     return verdict
+
+
+@contextmanager
+def _streamed(attempt: Attempt, uri: str | None) -> Iterator[None]:
+    """What the attempt writes goes to the server meanwhile, from a child that no step waits for."""
+    if uri is None:
+        yield
+        return
+    stream = start_stream(attempt, uri)
+    try:
+        yield
+    except Superseded:
+        raise
+    except BaseException as error:
+        _record_failure(attempt, error)  # before the child looks for the last time
+        raise
+    finally:
+        stream.stop()
 
 
 def _claim(record: RunFolder, number: int, facts: dict[str, Any], ranks: Ranks) -> Attempt:
@@ -282,14 +317,19 @@ def _note_failure(record: RunFolder, number: int, error: BaseException) -> None:
     attempt = _attempt or Attempt(record.attempts / f"{number:04d}")
     if _attempt is None and attempt.started is not None:
         return  # the ranks of a restarted job did not even meet: the attempt that stands there is not theirs
-    kind, message = kind_of(error)
-    if good := _last_good(record) if kind == "diverged" else "":
-        message += f"; last good checkpoint: {good}"
-    if kind == "node failed":
+    _record_failure(attempt, error)
+    if kind_of(error)[0] == "node failed":
         restart.may_again(record, _job_id(), excluded(record.path, time.time()))
-    attempt.fail(int(os.environ.get("RANK", "0")), kind, _seen, message, "".join(traceback.format_exception(error)))
     if stays(record):
         restart.not_again(record, _job_id())
+
+
+def _record_failure(attempt: Attempt, error: BaseException) -> None:
+    kind, message = kind_of(error)
+    record = RunFolder(attempt.path.parents[1])
+    if good := _last_good(record) if kind == "diverged" else "":
+        message += f"; last good checkpoint: {good}"
+    attempt.fail(int(os.environ.get("RANK", "0")), kind, _seen, message, "".join(traceback.format_exception(error)))
 
 
 def kind_of(error: BaseException) -> tuple[str, str]:

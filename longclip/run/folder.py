@@ -5,7 +5,7 @@
         experiment.yaml        the experiment as it was first submitted, resolved
         attempts/0001/         one try: experiment.yaml, submitted.json, started.json (the claim), resumed.json,
                                journal.jsonl, ended.json (the verdict), logs/; where it applies cancelled.json,
-                               error-<rank>.txt, bad-samples-<rank>.jsonl
+                               failed-<rank>.json, bad-samples-<rank>.jsonl
         checkpoints/           step-*/, latest (see train/checkpoint.py)
         evaluations/           scores of checkpoints on test sets
         mlflow.json            the MLflow run that stands for this run
@@ -15,6 +15,7 @@ Every file has one writer. Small files are written aside and renamed, so a reade
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -108,10 +109,14 @@ class RunFolder:
     def axes(self) -> dict[str, Any]:
         return dict(read_json(self.path / "identity.json").get("axes", {}))
 
+    @property
+    def experiment_file(self) -> Path:
+        """The experiment as last submitted: the newest attempt's, else the run's first."""
+        return max(self.attempts.glob("*/experiment.yaml"), default=self.path / "experiment.yaml")
+
     def experiment(self) -> Experiment:
-        """As last submitted: the newest attempt's, else the run's first."""
-        files = [*sorted(self.attempts.glob("*/experiment.yaml")), self.path / "experiment.yaml"]
-        return load_experiment(files[-2] if len(files) > 1 else files[-1])
+        """As last submitted."""
+        return load_experiment(self.experiment_file)
 
 
 def dump_experiment(experiment: Experiment) -> str:
@@ -131,37 +136,46 @@ def runs_of(root: Path, sweep: str | None = None) -> Iterator[RunFolder]:
 
 
 def find_runs(root: Path, target: str) -> list[RunFolder]:
-    """The runs that ``target`` means: a path, a sweep, ``sweep/name``, a run's name, or a unique start of one.
+    """The runs that ``target`` means: a sweep, ``sweep/name``, a run's name (with or without its uid), a path to a run
+    or a sweep anywhere, a unique start of a name, or the id of a job that was any attempt of a run.
 
     Raises:
-        UserError: nothing, or more than one run, begins like this.
+        UserError: nothing, or more than one run, is called so.
     """
-    path = Path(target)
-    if RunFolder(path).exists():
-        return [RunFolder(path.resolve())]
-    if ("/" in target or path.is_dir()) and (
-        found := [RunFolder(m.parent) for m in sorted(path.glob("*/identity.json"), key=lambda p: natural(str(p)))]
-    ):
+    if not target:
+        raise UserError("the name of a run or sweep is empty", "longclip status")
+    path = Path(target).resolve()  # a run's name and its sweep's are read from the path, which "." does not have
+    sweep, _, name = target.rstrip("/").rpartition("/")
+    there = list(runs_of(root, sweep or None))
+    # What is under the root comes before the current folder, or --runs would not help in a folder of other runs.
+    if found := list(runs_of(root, target.rstrip("/"))):
         return found
-    if found := list(runs_of(root, target)):
-        return found
-    sweep, _, name = target.rpartition("/")
-    found = [r for r in runs_of(root, sweep or None) if r.name == name or r.label == name]
-    found = found or [r for r in runs_of(root, sweep or None) if name and r.name.startswith(name)]
+    found = [r for r in there if name in (r.name, r.label)]
+    if not found and RunFolder(path).exists():
+        return [RunFolder(path)]
+    if not found and (beside := sorted(path.glob("*/identity.json"), key=lambda p: natural(str(p)))):
+        return [RunFolder(marker.parent) for marker in beside]
+    found = found or [r for r in there if name and r.name.startswith(name)]
     found = found or [r for r in runs_of(root) if target in job_ids(r)]
     if len(found) == 1:
         return found
     if found:
-        raise UserError(f"{target}: more than one run begins so: {', '.join(f'{r.sweep}/{r.name}' for r in found)}")
+        names = [f"{r.sweep}/{r.name}" for r in found]
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        raise UserError(f"{target}: more than one run is called so: {', '.join(names[:6])}{more}", "name one of them")
     sweeps = sorted({r.sweep for r in runs_of(root)})
     known = f"sweeps here: {', '.join(sweeps)}" if sweeps else "there are none yet"
     raise UserError(f"{target}: no such run or sweep under {root}; {known}", "longclip status")
 
 
 def job_ids(run: RunFolder) -> list[str]:
-    """Job ids of all attempts, oldest first."""
-    files = sorted(run.attempts.glob("*/submitted.json"))
-    return list(dict.fromkeys(str(j) for f in files if (j := read_json(f).get("job"))))
+    """Job ids of all attempts, oldest first; what was torn by a kill is left out."""
+    found = []
+    # A requeued job's later attempts were never submitted: only their claim names the job.
+    for file in sorted(run.attempts.glob("*/submitted.json")) + sorted(run.attempts.glob("*/started.json")):
+        with contextlib.suppress(ValueError):
+            found.append(read_json(file).get("job"))
+    return list(dict.fromkeys(str(job) for job in found if job))
 
 
 def write_json(path: Path, value: Any) -> None:

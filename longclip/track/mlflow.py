@@ -25,9 +25,10 @@ from typing import Any, TypeVar
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.identity import flatten
 from longclip.run import checkpoints
-from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, attempts_of
+from longclip.run.attempts import FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json, write_json
 from longclip.run.journal import Point, effective, text_shares
+from longclip.run.verdicts import INFRASTRUCTURE, verdict_of
 from longclip.track.lease import Lease
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ STATUS = {
     "finished": "FINISHED",
     "running": "RUNNING",
     **dict.fromkeys(("queued", "waiting"), "SCHEDULED"),
-    **dict.fromkeys(("interrupted", "cancelled", "lost", "preempted", "timed out", "node failed"), "KILLED"),
+    **dict.fromkeys((*INFRASTRUCTURE, "cancelled", "killed", "lost"), "KILLED"),
 }
 """A run's state -> what MLflow shows; all other states are FAILED"""
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
@@ -56,7 +57,7 @@ class Synced:
     experiment: str
     status: str
     """as MLflow shows it: FINISHED; RUNNING; SCHEDULED (has begun and waits for its next job); KILLED (stopped, and
-    ``longclip submit`` or ``retry`` continues it: cancelled, lost, interrupted with no job queued); FAILED (ended by
+    ``longclip submit`` or ``retry`` continues it: cancelled, killed, interrupted with no job queued); FAILED (ended by
     itself: crashed, diverged, ...)"""
     samples: int
     """sent up to here"""
@@ -226,12 +227,13 @@ def _experiment(client: Any, name: str, artifacts: str | None) -> str:
 
 def _status(last: Attempt, state: str | None) -> str:
     """MLflow's word for ``state``; without one, for what the last attempt recorded."""
-    verdict = (last.ended or {}).get("verdict")
     if state is None or state == "unknown":
+        verdict = verdict_of(last)
+        cancelled = (last.path / "cancelled.json").exists()
         if verdict is None:
-            return "KILLED" if (last.path / "cancelled.json").exists() else "RUNNING"
-        waits = verdict == INTERRUPTED and not (last.path / "cancelled.json").exists()
-        state = "queued" if waits else "cancelled" if verdict == INTERRUPTED else str(verdict)
+            return "KILLED" if cancelled else "RUNNING"
+        waits = verdict.kind in INFRASTRUCTURE and not cancelled
+        state = "queued" if waits else "cancelled" if verdict.kind in INFRASTRUCTURE else verdict.kind
     return STATUS.get(state, "FAILED")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -144,10 +145,8 @@ def test_a_zombie_that_wakes(trial: Make, undisturbed: Record) -> None:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _kill_daemons(one: Trial, node: str) -> None:
@@ -305,7 +304,3 @@ def test_longclip_cancel_is_final(trial: Make) -> None:
     one.wait_state("cancelled")
     until(lambda: not one.slurm("squeue", "-h").strip(), 60, "the chain is gone, too")
     assert len(one.attempts) == 1 and "left alone" in one.submit()
-
-
-def _unused(run: RunFolder) -> None:
-    return None

@@ -154,6 +154,9 @@ def test_nothing_heavy_is_imported(sweep: Path) -> None:
         ["collect", "nothing"],
         ["doctor", "--runs", str(sweep.parent / "none")],
         ["site", "init", "--yes", "--out", str(sweep.parent / "site.yaml")],
+        ["logs", "nothing"],
+        ["show", "nothing"],
+        ["diff", str(sweep / "ctx4.yaml"), str(sweep / "ctx5.yaml")],
     ]
     for words in commands:
         done = subprocess.run(
