@@ -32,9 +32,10 @@ _SIGNS = (  # first match wins; slurmstepd, srun and the kernel's words by way o
     ("node failed", re.compile(r"CANCELLED AT \S+ DUE TO NODE FAILURE.*|Node failure on \S+|.*NODE FAIL.*")),
     ("out of memory", re.compile(r".*(?:oom[-_ ]kill|OOM Killed|exceeded (?:job |step )?memory limit).*", re.I)),
     ("timed out", re.compile(r"CANCELLED AT \S+ DUE TO TIME LIMIT")),
-    ("preempted", re.compile(r"CANCELLED AT \S+ DUE TO (?:PREEMPTION|JOB REQUEUE)")),
-    (CANCELLED, re.compile(r"CANCELLED AT \S+ \*\*\*")),
+    ("preempted", re.compile(r"CANCELLED AT \S+ DUE TO PREEMPTION")),
+    (CANCELLED, re.compile(r"JOB \S+ ON \S+ CANCELLED AT \S+ \*\*\*")),  # of a step: srun, when one rank has failed
     ("killed", re.compile(r"srun: error: (\S+: task \S+: (?:Killed|Segmentation fault|Bus error|Aborted))")),
+    ("interrupted", re.compile(r"CANCELLED AT \S+ DUE TO JOB REQUEUE")),  # last: our own batch script says it, too
 )
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from longclip.run.attempts import attempts_of
-from longclip.run.folder import RunFolder
 from tests.faults.trial import Record, Trial, popen, until, wrapper
 from tests.launch.small import longclip
 

@@ -98,6 +98,9 @@ def test_a_job_that_nobody_recorded_is_found_by_its_folder(run: RunFolder) -> No
         ("slurmstepd: error: Detected 1 oom_kill event in StepId=101.0.", "out of memory"),
         ("slurmstepd: error: Step 101.0 exceeded memory limit (9 > 8), being killed", "out of memory"),
         ("srun: error: n2: task 1: Killed", "killed"),
+        ("srun: error: n2: task 1: Killed\nslurmstepd: error: *** JOB 101 ON n1 CANCELLED AT 2026-11-23T10:00:00 "
+         "DUE TO JOB REQUEUE ***", "killed"),
+        ("slurmstepd: error: *** JOB 101 ON n1 CANCELLED AT 2026-11-23T10:00:00 DUE TO JOB REQUEUE ***", "interrupted"),
         ("slurmstepd: error: *** JOB 101 ON n1 CANCELLED AT 2026-11-23T10:00:00 ***", "cancelled"),
         ("a log that says nothing", "killed"),
     ],
