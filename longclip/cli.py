@@ -255,7 +255,7 @@ def status(
     elif watch:
         screen.watch(found)
     else:
-        screen.out.print(screen.status_table(found))
+        screen.print_status(found)
 
 
 def _find(site: str | None, runs: Path | None, target: str | None) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -14,18 +15,19 @@ from rich.table import Table
 
 from longclip.errors import LongclipError
 from longclip.experiment.schema import Experiment, time_warning
-from longclip.launch.status import UNDER_WAY, statuses
+from longclip.launch.status import CONTINUES, UNDER_WAY, Status, statuses
 from longclip.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from longclip.launch.prune import Pruning
+    from longclip.launch.scheduler import Words
     from longclip.launch.site import Site
     from longclip.launch.submit import Plan
 
 # In a log file a row stays on its line, however long.
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 500)
-PLAIN_SECONDS, LIVE_SECONDS = 20.0, 2.0
-"""Time between two lines in a log file, and between two pictures on a terminal"""
+PLAIN_SECONDS, LIVE_SECONDS, SLURM_SECONDS = 20.0, 2.0, 10.0
+"""Time between two lines in a log file, and between two pictures on a terminal (where squeue is asked, the last)"""
 
 
 def print_plans(plans: Sequence[Plan], site: str) -> None:
@@ -87,25 +89,60 @@ def print_dry_run(plans: Sequence[Plan], profile: Site) -> bool:
 
 def status_table(runs: Sequence[RunFolder]) -> Table:
     """One row a run, and where the words come from."""
+    return _table(*statuses(runs))
+
+
+def print_status(runs: Sequence[RunFolder]) -> None:
+    """The table, and what each run that does not go on by itself needs."""
     rows, words = statuses(runs)
+    out.print(_table(rows, words))
+    for line in _needs(rows):
+        out.print(line, markup=False, highlight=False)
+
+
+def _table(rows: Sequence[Status], words: Words) -> Table:
     ages = [r.age for r in rows if r.age is not None and r.state == "running"]
     source = " · ".join(filter(None, [words.sources, f"journals {min(ages):.0f} s ago" if ages else ""]))
     table = Table(box=None, pad_edge=False, header_style="bold", caption=source or None, caption_justify="left")
-    for column in ("run", "state", "samples", "loss", "R@1 val", "smp/s", "note"):
-        table.add_column(column, justify="right" if column in ("samples", "loss", "R@1 val", "smp/s") else "left")
-    colours = {"finished": "green", "running": "cyan", "crashed": "red", "diverged": "red", "lost": "yellow"}
+    numbers = ("samples", "loss", "R@1 val", "smp/s", "ends", f"{rows[0].unit if rows else 'GPU'}-h (lost)")
+    for column in ("run", "state", *numbers, "note"):
+        table.add_column(column, justify="right" if column in numbers else "left")
     for r in rows:
         total = f"{r.total:,}" if r.total else "?"
+        needs_hands = r.state not in (*UNDER_WAY, *CONTINUES, "finished", "cancelled")
+        colour = "red" if needs_hands else {"finished": "green", "running": "cyan"}.get(r.state, "yellow")
         table.add_row(
             r.run.name,
-            f"[{colours.get(r.state, 'default')}]{r.state}[/]",
+            f"[{colour}]{r.state}[/]",
             f"{r.samples:,}/{total}",
             "-" if r.loss is None else f"{r.loss:.3f}",
             "-" if r.recall is None else f"{100 * r.recall:.1f}",
             "-" if r.speed is None else f"{r.speed:.0f}",
+            "-" if r.ends is None else _when(r.ends),
+            "-" if not r.hours else f"{r.hours:.2g} ({r.hours_lost:.2g})",
             escape(r.note),  # notes quote error messages, which may hold brackets
         )
     return table
+
+
+def _when(moment: float) -> str:
+    """``19:40``, or ``Sun 06h`` where it is not today; a guess needs no more."""
+    then = time.localtime(moment)
+    return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "~%a %Hh", then)
+
+
+def _needs(rows: Sequence[Status]) -> list[str]:
+    """What to type for the runs that have stopped: one line for those that submit continues, one for each other."""
+    lines = []
+    for r in rows:
+        if r.state not in (*UNDER_WAY, *CONTINUES, "finished", "cancelled"):
+            around = " --around nan" if r.state == "diverged" else ""
+            lines.append(
+                f"{r.run.name} needs you: longclip logs {r.run.name}{around}, then longclip retry {r.run.name}"
+            )
+    if stopped := [r.run.name for r in rows if r.state in CONTINUES]:
+        lines.append(f"the same longclip submit continues {', '.join(stopped[:4])}{' ...' if len(stopped) > 4 else ''}")
+    return lines
 
 
 def print_prunings(prunings: Sequence[Pruning]) -> None:
@@ -127,32 +164,31 @@ def size(number: int) -> str:
 
 
 def watch(runs: Sequence[RunFolder], until: Callable[[], bool] | None = None) -> bool:
-    """Shows the live table until no run is queued or running (or ``until()``); False if the user stopped it."""
+    """Shows the live table until no run is queued or running (or ``until()``); False if the user stopped it.
 
-    def over() -> bool:
-        if until is not None:
-            return until()
-        # A scheduler that does not answer for a moment has ended nothing.
-        return all(s.state not in UNDER_WAY for s in statuses(runs)[0])
-
+    Each picture asks the scheduler once; a cluster's is asked less often than this machine's process table.
+    """
+    live = out.is_terminal
     try:
-        if not out.is_terminal:
+        with Live(console=out, refresh_per_second=2) if live else nullcontext() as picture:
             last = ""
-            while not (done := over()) or last == "":
-                lines = [f"{s.run.name} {s.state} {s.samples:,}" for s in statuses(runs)[0] if s.state == "running"]
-                if (line := "; ".join(lines) or "waiting") != last:
-                    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-                    last = line
-                if done:
+            while True:
+                # Asked before looking: what is over then has its last word on the picture.
+                done = until() if until is not None else False
+                rows, words = statuses(runs)
+                if isinstance(picture, Live):
+                    picture.update(_table(rows, words))
+                else:
+                    now = "; ".join(f"{s.run.name} {s.state} {s.samples:,}" for s in rows if s.state == "running")
+                    if (now or "waiting") != last:
+                        last = now or "waiting"
+                        print(f"{time.strftime('%H:%M:%S')} {last}", flush=True)
+                # A scheduler that does not answer for a moment has ended nothing.
+                if done or (until is None and all(s.state not in UNDER_WAY for s in rows)):
                     break
-                _pause(until, PLAIN_SECONDS)
-            out.print(status_table(runs))
-            return True
-        with Live(status_table(runs), console=out, refresh_per_second=2) as live:
-            while not over():
-                _pause(until, LIVE_SECONDS)
-                live.update(status_table(runs))
-            live.update(status_table(runs))
+                _pause(until, (SLURM_SECONDS if words.folders else LIVE_SECONDS) if live else PLAIN_SECONDS)
+        if not live:
+            print_status(runs)
         return True
     except KeyboardInterrupt:
         return False

@@ -10,8 +10,9 @@ from typing import Any
 
 from longclip.run.attempts import FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json
-from longclip.run.journal import Point, effective, read_points, series, text_shares
-from longclip.run.verdicts import Verdict, verdict_of
+from longclip.run.hours import rank_hours
+from longclip.run.journal import effective, series, text_shares
+from longclip.run.verdicts import verdict_of
 
 WINDOW = "model.context_length"
 RECALL = "val/mean_recall_at_1"
@@ -138,28 +139,6 @@ def _named(dataset: str | None) -> str:
     return "/".join(Path(dataset).parts[-2:]) if dataset else ""
 
 
-def rank_hours(attempts: Sequence[Attempt]) -> tuple[float, float]:
-    """Hours times ranks of all attempts, and how much of it was lost.
-
-    An attempt lasts from its start to its verdict, or to its last journal point if it was killed. What came after the
-    last point that a later attempt did not compute once more is lost.
-    """
-    total = lost = 0.0
-    cut = float("inf")
-    for attempt in reversed(attempts):
-        points = read_points(attempt.journal)
-        started, verdict = attempt.started or {}, verdict_of(attempt)
-        begin = started.get("time")
-        finish = (verdict.time if verdict else None) or (points[-1].time if points else None)
-        if begin is not None and finish is not None:
-            ranks = int(started.get("ranks", 1))
-            total += (finish - begin) * ranks
-            lost += (finish - _useful_until(points, cut, begin, finish, verdict)) * ranks
-        if attempt.resumed_at is not None:
-            cut = min(cut, attempt.resumed_at)
-    return total / 3600, lost / 3600
-
-
 def _codes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
     """Without the attempts of which nothing was left: before training began, or computed once more from its start."""
     codes: list[str] = []
@@ -169,14 +148,6 @@ def _codes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
             cut = attempt.resumed_at
             codes.append(str((attempt.started or {}).get("code")))
     return tuple(dict.fromkeys(reversed(codes)))
-
-
-def _useful_until(points: Sequence[Point], cut: float, begin: float, finish: float, verdict: Verdict | None) -> float:
-    if not points:  # a start that failed, unless only the test was left to do
-        return finish if verdict is not None and verdict.kind == FINISHED else begin
-    if points[-1].samples <= cut:
-        return finish
-    return max((p.time for p in points if p.samples <= cut), default=begin)
 
 
 def _baseline(row: Row, rows: Iterable[Row]) -> Row | None:

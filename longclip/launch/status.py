@@ -10,6 +10,7 @@ from typing import Any
 from longclip.launch.scheduler import Word, Words, ask
 from longclip.run.attempts import CANCELLED, FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder
+from longclip.run.hours import rank_hours
 from longclip.run.journal import Point, effective, series
 from longclip.run.verdicts import INFRASTRUCTURE, OWN, Verdict, log_text, stays, trail, verdict_of
 
@@ -50,6 +51,19 @@ class Status:
     """seconds since the journal's last point"""
     jobs: tuple[str, ...] = ()
     """ids of what is queued or running for it"""
+    hours: float = 0.0
+    """hours times ranks that its attempts have taken so far"""
+    hours_lost: float = 0.0
+    """of these, what was computed again or came to nothing"""
+    unit: str = "CPU"
+    """what the hours are of: GPU or CPU"""
+
+    @property
+    def ends(self) -> float | None:
+        """When a running run will have seen all its samples at its last speed, in seconds since 1970."""
+        if not self.speed or not self.total or self.age is None:
+            return None
+        return time.time() - self.age + (self.total - self.samples) / self.speed
 
     def as_dict(self) -> dict[str, Any]:
         values = {k: v for k, v in vars(self).items() if k != "run"}
@@ -97,6 +111,8 @@ def _status(run: RunFolder, words: Words) -> Status:
     speeds = series(points, "speed/samples_per_second")
     totals = [s["samples"] for a in reversed(attempts) if (s := a.submitted) and s.get("samples")]
     total = totals[0] if totals else run.experiment().train.samples
+    hours, lost = rank_hours(attempts)
+    on_gpu = any("cuda" in str((a.started or {}).get("device")) for a in attempts)
     return Status(
         run,
         state,
@@ -109,6 +125,9 @@ def _status(run: RunFolder, words: Words) -> Status:
         speeds[-1][1] if speeds and state == "running" else None,
         time.time() - points[-1].time if points else None,
         tuple(_alive(run, words)) if state != "finished" else (),
+        hours,
+        lost,
+        "GPU" if on_gpu else "CPU",
     )
 
 
