@@ -64,18 +64,23 @@ def print_dry_run(plans: Sequence[Plan], profile: Site) -> bool:
     """Batch scripts, Slurm's answers to them, and what stands in the way; False if Slurm refused one."""
     from longclip.launch import submit as launch
     from longclip.launch.scheduler import have_slurm
+    from longclip.launch.snapshot import code_hash
 
+    code = code_hash()
+    answers: dict[str, str] = {}
     refused = False
     for p in plans:
-        script = launch.batch_script(p, profile)
+        script = launch.batch_script(p, profile, code)
         print(f"\n# ---- {p.run.sweep}/{p.run.name}")
         print(script.rstrip())
         if have_slurm():
-            try:
-                print(f"# sbatch --test-only: {launch.test_only(script)}")
-            except LongclipError as error:
-                refused = True
-                print(f"# {error}")
+            if (shape := launch.shape(script)) not in answers:
+                try:
+                    answers[shape] = f"# sbatch --test-only: {launch.test_only(script)}"
+                except LongclipError as error:
+                    refused = True
+                    answers[shape] = f"# {error}"
+            print(answers[shape])
     if not have_slurm():
         print("\n# sbatch --test-only: not tried, there is no Slurm on this machine")
     obstacles = launch.problems(plans)

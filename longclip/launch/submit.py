@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from longclip.launch.resolve import Resolved, resolve
 from longclip.launch.scheduler import have_slurm, jobs_of_mine
 from longclip.launch.site import Site
 from longclip.launch.snapshot import Code, Snapshot, code_hash, freeze, place
-from longclip.launch.status import CONTINUES, statuses
-from longclip.run.attempts import Attempt, new_attempt
+from longclip.launch.status import CONTINUES, UNDER_WAY, statuses
+from longclip.run.attempts import Attempt, attempts_of, new_attempt
 from longclip.run.folder import RunFolder, dump_experiment, read_json, runs_of, write_json, write_text
 from longclip.run.journal import SAVE_SECONDS, effective, series
 from longclip.track.lease import Lease
@@ -60,6 +60,8 @@ class Plan:
     action: str
     """new, resume, or left alone"""
     why: str
+    attempts: list[tuple[Any, ...]] = field(default_factory=list)
+    """those that the decision knew of, as :func:`_attempts` gives them"""
 
     @property
     def queues(self) -> bool:
@@ -86,6 +88,8 @@ def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan
                 f"{one.file} ({one.experiment.name}) and {twin.file} ({twin.experiment.name}) are the same experiment: "
                 "nothing that decides the weights differs"
             )
+    # Before anything else is read of the runs: what happens from here on, submit sees as a difference.
+    attempts = {run.path: _attempts(run) for _, _, _, run in drafts}
     existing = []
     for _, _, facts, run in drafts:
         if run.exists():
@@ -93,15 +97,22 @@ def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan
             existing.append(run)
     known, words = statuses(existing)
     states = {s.run.path: s for s in known}
+    grown = {run.sweep for _, _, _, run in drafts if run.path not in states}
+    others = {sweep: [(r, r.identity()) for r in runs_of(site.runs, sweep)] for sweep in grown}
     plans = []
     for one, resolved, facts, run in drafts:
         if run.path not in states:
-            action, why = "new", _nearest(run, facts, site)
+            action, why = "new", _nearest(run, facts, others[run.sweep])
         else:
             state = states[run.path]
             action, why = _decide(state.state, state.note, state.samples, retry and words.complete)
-        plans.append(Plan(one.experiment, one.axes, resolved, facts, run, action, why))
+        plans.append(Plan(one.experiment, one.axes, resolved, facts, run, action, why, attempts[run.path]))
     return plans
+
+
+def _attempts(run: RunFolder) -> list[tuple[Any, ...]]:
+    """What changes in a run's record when somebody else submits it, or its job goes on."""
+    return [(a.number, a.submitted is not None, a.job, a.ended is not None) for a in attempts_of(run)]
 
 
 def _decide(state: str, note: str, samples: int, retry: bool) -> tuple[str, str]:
@@ -116,11 +127,13 @@ def _decide(state: str, note: str, samples: int, retry: bool) -> tuple[str, str]
     return "left alone", f"{state}: {note}; longclip retry continues it"
 
 
-def _nearest(run: RunFolder, facts: dict[str, Any], site: Site) -> str:
-    """The existing run of the sweep that differs in the fewest keys, and in which."""
+def _nearest(run: RunFolder, facts: dict[str, Any], others: Sequence[tuple[RunFolder, dict[str, Any]]]) -> str:
+    """Which of the sweep's runs (with their identities) differs in the fewest keys, and in which."""
     best: tuple[RunFolder, dict[str, tuple[Any, Any]]] | None = None
-    for other in runs_of(site.runs, run.sweep):
-        differs = differences(other.identity(), facts)
+    for other, theirs in others:
+        if other.name == run.name:  # another submit has made it in this moment
+            continue
+        differs = differences(theirs, facts)
         if best is None or len(differs) < len(best[1]):
             best = (other, differs)
     if best is None or len(best[1]) > 3:
@@ -245,12 +258,14 @@ def worker_env(cpus: int | None) -> dict[str, str]:
     }
 
 
-def batch_script(plan: Plan, site: Site) -> str:
-    """The batch script that submit would hand to sbatch, as it is."""
+def batch_script(plan: Plan, site: Site, code: str | None = None) -> str:
+    """The batch script that submit would hand to sbatch, as it is.
+
+    ``code`` is the hash of the code, for who has it already: it takes longer than the script.
+    """
     logs = plan.run.attempts / "NNNN" / "logs"
-    executor = _slurm_executor(
-        plan.experiment, plan.run, site, logs, place(plan.run.path.resolve().parent, code_hash())
-    )
+    snapshot = place(plan.run.path.resolve().parent, code or code_hash())
+    executor = _slurm_executor(plan.experiment, plan.run, site, logs, snapshot)
     text: str = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
     return text
 
@@ -266,6 +281,13 @@ def _slurm_executor(
         executor.python = site.python or shlex.quote(sys.executable)
     executor.update_parameters(**slurm_parameters(experiment, run, site, code))
     return executor
+
+
+def shape(script: str) -> str:
+    """What Slurm judges a batch script by: its ``#SBATCH`` lines, without the run's name and folder."""
+    own = ("--job-name=", "--chdir=", "--output=", "--error=")
+    lines = (line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH "))
+    return "\n".join(line for line in lines if not line.startswith(own))
 
 
 def test_only(script: str) -> str:
@@ -288,13 +310,18 @@ def test_only(script: str) -> str:
 
 
 def check_slurm(plans: Sequence[Plan], site: Site) -> None:
-    """Every job of ``plans`` is one that Slurm would take. Raises SiteError."""
+    """Every job of ``plans`` is one that Slurm would take; it is asked once for each distinct :func:`shape`.
+
+    Raises SiteError.
+    """
     if not have_slurm():
         raise SiteError(
             "there is no Slurm on this machine (no sbatch, no srun)", "submit on a login node, or add --on local"
         )
-    for plan in plans:
-        test_only(batch_script(plan, site))
+    code = code_hash()
+    scripts = (batch_script(plan, site, code) for plan in plans)
+    for script in {shape(script): script for script in scripts}.values():
+        test_only(script)
 
 
 def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[Plan, str, submitit.Job[Any]]]:
@@ -318,10 +345,11 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
     for done, one in enumerate(todo):
         if room is not None and (done + 1) * each > room:
             raise QueueFull(f"the site lets one user have {site.max_jobs} jobs in the queue")
-        # Of two people who submit the same run at once, the second finds the first one's job.
+        # Of two people who submit the same run at once, the second finds the first one's attempt. As long as the record
+        # is that of the plan, though hours may have passed, the scheduler is not asked again for every single run.
         with Lease(one.run.attempts / ".submit.lock"):
-            # Hours may have passed since the plan was made, where runs are started one after the other.
-            if statuses([one.run])[0][0].state in ("queued", "running", "finished", "unknown"):
+            changed = _attempts(one.run) != one.attempts
+            if changed and statuses([one.run])[0][0].state in (*UNDER_WAY, "finished"):
                 continue
             job = _queue(one, site, executor, codes[one.run.path.resolve().parent])
         yield one, str(job.job_id), job
