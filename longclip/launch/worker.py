@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from longclip.train.ranks import Ranks
     from longclip.train.watch import Who
 
+STARTING = 30
+"""seconds that a job may have run before its worker looked at the clock"""
 MEETING_TIMEOUT = 600
 """seconds that ranks wait for rank 0 to say where it listens"""
 
@@ -242,7 +244,7 @@ def why_interrupted(ranks: Ranks, begun: float, limit_minutes: int) -> tuple[str
     if not restart.in_slurm():
         return INTERRUPTED, f"{name}, saved"
     left = begun + limit_minutes * 60 - time.time()
-    if signum == signal.SIGUSR2 and left < min(2 * restart.SIGNAL_LEAD + restart.SLACK, limit_minutes * 60 / 2):
+    if signum == signal.SIGUSR2 and left < restart.lead(limit_minutes, None) + restart.SLACK + STARTING:
         return "timed out", f"{name} {left / 60:.0f} min before the time limit, saved"
     return "preempted", f"{name}, saved"
 
