@@ -67,6 +67,8 @@ def run(folder: str, number: int) -> str:
     Returns why it ended: ``finished``, ``preempted``, ...; raises whatever went wrong, after recording it. In a Slurm
     job that is to be started again the process leaves with the exit code AGAIN.
     """
+    global _attempt, _seen
+    _attempt, _seen = None, 0  # the debug executor runs one after the other in one process
     stop_at_step_boundary()
     leave_home_alone()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -86,7 +88,7 @@ def run(folder: str, number: int) -> str:
         restart.not_again(record, _job_id())
         raise
     except BaseException as error:
-        _note_failure(record, number, error)
+        note_failure(record, number, error)
         raise
     if verdict == FINISHED:
         restart.not_again(record, _job_id())
@@ -314,7 +316,7 @@ def meet(place: Path, rank: int, size: int, local_rank: int, host: str | None = 
     )
 
 
-def _note_failure(record: RunFolder, number: int, error: BaseException) -> None:
+def note_failure(record: RunFolder, number: int, error: BaseException) -> None:
     """Every rank records its own failure; and whether this job may be started again is decided with it."""
     attempt = _attempt or Attempt(record.attempts / f"{number:04d}")
     if _attempt is None and attempt.started is not None:
