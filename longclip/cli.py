@@ -465,10 +465,17 @@ def train(
     site: SiteName = None,
     runs: Runs = None,
 ) -> None:
-    """Train here and now, on the ranks of torchrun or srun, or alone; needs longclip[train]."""
-    from longclip.launch.direct import train_here
+    """Train here and now, on the ranks of torchrun or srun, or alone; needs longclip[train].
 
-    print(train_here(file, set_ or [], _site(site, runs)))
+    Exit code 85: stopped by a signal and saved; the same command goes on.
+    """
+    from longclip.launch.direct import train_here
+    from longclip.launch.restart import AGAIN
+
+    verdict = train_here(file, set_ or [], _site(site, runs))
+    print(verdict)
+    if verdict != "finished":
+        raise typer.Exit(AGAIN)
 
 
 @data_app.command()

@@ -11,7 +11,8 @@ from longclip.launch import submit
 from longclip.launch.caches import leave_home_alone
 from longclip.launch.site import Site
 from longclip.launch.snapshot import todays_code
-from longclip.launch.worker import meet, stop_at_step_boundary, train_attempt
+from longclip.launch.worker import Leave, meet, note_failure, stop_at_step_boundary, train_attempt
+from longclip.run.attempts import Superseded
 from longclip.run.folder import RunFolder
 
 
@@ -37,7 +38,14 @@ def train_here(file: Path, overrides: list[str], site: Site) -> str:
     told = ranks.tell(told)
     if told is None:
         raise failure or UserError("rank 0 could not begin; its message says why")
-    return train_attempt(RunFolder(Path(told[0])), told[1], ranks)
+    record, number = RunFolder(Path(told[0])), told[1]
+    try:
+        return train_attempt(record, number, ranks)
+    except (Superseded, Leave):
+        raise
+    except BaseException as error:
+        note_failure(record, number, error)
+        raise
 
 
 def _ranks_of_srun(runs: Path) -> None:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from longclip.train.ranks import Ranks
     from longclip.train.watch import Who
 
+STARTING = 30
+"""seconds that a job may have run before its worker looked at the clock"""
 MEETING_TIMEOUT = 600
 """seconds that ranks wait for rank 0 to say where it listens"""
 
@@ -65,6 +67,8 @@ def run(folder: str, number: int) -> str:
     Returns why it ended: ``finished``, ``preempted``, ...; raises whatever went wrong, after recording it. In a Slurm
     job that is to be started again the process leaves with the exit code AGAIN.
     """
+    global _attempt, _seen
+    _attempt, _seen = None, 0  # the debug executor runs one after the other in one process
     stop_at_step_boundary()
     leave_home_alone()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -84,7 +88,7 @@ def run(folder: str, number: int) -> str:
         restart.not_again(record, _job_id())
         raise
     except BaseException as error:
-        _note_failure(record, number, error)
+        note_failure(record, number, error)
         raise
     if verdict == FINISHED:
         restart.not_again(record, _job_id())
@@ -242,7 +246,7 @@ def why_interrupted(ranks: Ranks, begun: float, limit_minutes: int) -> tuple[str
     if not restart.in_slurm():
         return INTERRUPTED, f"{name}, saved"
     left = begun + limit_minutes * 60 - time.time()
-    if signum == signal.SIGUSR2 and left < min(2 * restart.SIGNAL_LEAD + restart.SLACK, limit_minutes * 60 / 2):
+    if signum == signal.SIGUSR2 and left < restart.lead(limit_minutes, None) + restart.SLACK + STARTING:
         return "timed out", f"{name} {left / 60:.0f} min before the time limit, saved"
     return "preempted", f"{name}, saved"
 
@@ -312,7 +316,7 @@ def meet(place: Path, rank: int, size: int, local_rank: int, host: str | None = 
     )
 
 
-def _note_failure(record: RunFolder, number: int, error: BaseException) -> None:
+def note_failure(record: RunFolder, number: int, error: BaseException) -> None:
     """Every rank records its own failure; and whether this job may be started again is decided with it."""
     attempt = _attempt or Attempt(record.attempts / f"{number:04d}")
     if _attempt is None and attempt.started is not None:

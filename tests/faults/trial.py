@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from longclip.launch.status import statuses
 from longclip.run.attempts import Attempt, attempts_of
 from longclip.run.folder import RunFolder
 from longclip.run.journal import effective, read_points
@@ -38,7 +39,7 @@ def until(true: Callable[[], Any], seconds: float, what: str) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := true()):
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain: {what}"
-        time.sleep(0.2)
+        time.sleep(0.5)
     return value
 
 
@@ -71,9 +72,7 @@ class Trial:
         return longclip(*self.words(), cwd=self.sweep.parent, code=code)
 
     def status(self) -> dict[str, Any]:
-        said = longclip("status", "ctx6", "--json", "--runs", self.runs, cwd=self.sweep.parent)
-        (row,) = json.loads(said)
-        return dict(row)
+        return statuses([self.run])[0][0].as_dict()
 
     def state(self) -> str:
         return str(self.status()["state"])

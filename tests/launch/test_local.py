@@ -56,7 +56,7 @@ def test_killed_and_submitted_again_ends_the_same(sweep: Path, whole: Path) -> N
     runs = sweep.parent / "killed"
     submit = ["submit", sweep / "ctx5.yaml", "--on", "local", "--runs", runs]
     kill_after_checkpoint(list(submit), sweep.parent, runs, sample=600)
-    assert "lost" in longclip("status", "small", "--runs", runs, cwd=sweep.parent)
+    assert "killed" in longclip("status", "small", "--runs", runs, cwd=sweep.parent)
     said = longclip(*submit, cwd=sweep.parent)
     assert "resume" in said, said
     run, reference = the_run(runs, "ctx5"), the_run(whole, "ctx5")
