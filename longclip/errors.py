@@ -58,7 +58,7 @@ def told_as_no_space(path: Path) -> Iterator[None]:
             raise
         raise NoSpace(
             f"no room left: {path}: {error.strerror}",
-            "make room (longclip prune shows what can go), then submit again; the run continues",
+            "make room (longclip prune shows what can go), then longclip retry: the run continues",
         ) from error
 
 

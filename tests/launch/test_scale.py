@@ -101,3 +101,32 @@ def test_what_another_submit_has_queued_since_the_plan_is_left_alone(calls: Call
     assert len(jobs) == len(set(jobs)) == 6 and all(len(attempts_of(p.run)) == 1 for p in first), "one job a run"
     # squeue: for the three whose record had changed, and for no others.
     assert calls.since() == {"sbatch--test-only": 2, "sbatch": 6, "squeue": 3}
+
+
+FULL = """\
+if [ "$1" != --test-only ] && [ "$(squeue -h -o %A | wc -l)" -ge 4 ]; then
+  echo "sbatch: error: AssocMaxSubmitJobLimit" >&2
+  echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit)" >&2
+  exit 1
+fi
+exec "$real" "$@"
+"""
+
+
+@pytest.mark.parametrize("says", ["the profile", "sbatch"])
+def test_what_the_site_has_no_room_for_waits(calls: Calls, tmp_path: Path, says: str) -> None:
+    """Four of six go in; once there is room again the same submit queues the others, and nothing twice."""
+    profile = tmp_path / "site.yaml"
+    profile.write_text("max_jobs: 4\n" if says == "the profile" else "name: plain\n")
+    (tmp_path / "bin" / "sbatch").unlink()
+    if says == "sbatch":
+        wrapper(tmp_path / "bin", "sbatch", FULL)
+    words = ("submit", write_sweep(tmp_path, 3), "--site", profile, "--runs", tmp_path / "runs")
+    said = longclip(*words, cwd=tmp_path)
+    assert "(4 jobs)" in said and "2 runs wait" in said, said
+    assert longclip("status", "--runs", tmp_path / "runs", cwd=tmp_path).count("waiting") == 2
+    profile.write_text("name: plain\n")
+    (tmp_path / "bin" / "sbatch").unlink(missing_ok=True)
+    assert "(2 jobs)" in longclip(*words, cwd=tmp_path)
+    assert len(subprocess.check_output(["squeue", "-h"]).splitlines()) == 6
+    assert all(len(attempts_of(run)) == 1 for run in runs_of(tmp_path / "runs"))
