@@ -102,6 +102,7 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs and batch scripts; queue nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay, with a live table, until all runs have ended.")] = False,
     parallel: Annotated[bool, typer.Option("--parallel", help="With --on local: all runs at once.")] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="A job that collects when all runs have ended.")] = False,
     runs: Runs = None,
 ) -> None:
     """Queue what is new or was interrupted; leave alone what is finished, queued or running."""
@@ -112,13 +113,15 @@ def submit(
     profile = _site(site, runs)
     if on not in ("slurm", "local", "debug"):
         raise UserError(f"--on {on}: valid is slurm, local or debug")
+    if collect and on != "slurm":
+        raise UserError("--collect is for Slurm's queue", "longclip collect SWEEP, when the runs have ended")
     plans = launch.plan(load(paths, set_), profile)
     screen.print_plans(plans, profile.name)
     if dry_run:
         if not screen.print_dry_run(plans, profile):
             raise typer.Exit(3)
         return
-    _submit(plans, profile, on, wait, parallel)
+    _submit(plans, profile, on, wait, parallel, collect)
 
 
 @app.command()
@@ -154,14 +157,19 @@ def _site(name: str | None, runs: Path | None) -> Any:
     return find_site(name, runs)
 
 
-def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: bool) -> None:
+def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: bool, collect: bool = False) -> None:
     from longclip import screen
+    from longclip.launch import chain
     from longclip.launch import submit as launch
 
     todo = [p for p in plans if p.queues]
     if not todo:
         print("nothing to queue")
+        if collect:
+            _collect_after(plans, profile)
         return
+    if collect and not launch.problems(todo):
+        chain.check(todo, profile)
     for warning in launch.warnings(todo, profile):
         print(f"! {warning}")
     one_by_one = on == "debug" or (on == "local" and not parallel)
@@ -189,14 +197,29 @@ def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: b
             print(f"queued {ids[0] if len(ids) == 1 else f'{ids[0]} .. {ids[-1]} ({len(ids)} jobs)'} -> {where}")
         if full is not None:
             print(f"{len(todo) - len(ids)} runs wait: {full.message}; the same submit queues them when jobs have ended")
+        if collect:
+            _collect_after(plans, profile)
         print(f"watch: longclip status {sweeps[0]} -w    undo: longclip cancel {sweeps[0]}")
         if not wait:
             return
         if full is not None:
             _queue_as_others_end(todo, profile)
+            if collect:
+                _collect_after(plans, profile)
         screen.watch([p.run for p in plans])
     _sync([p.run for p in plans], profile)
     _leave_by_outcome([p.run for p in todo])
+
+
+def _collect_after(plans: Sequence[Any], profile: Any) -> None:
+    """The job that collects each sweep, behind all its jobs, those of earlier submits too."""
+    from longclip.launch.chain import collect_after
+
+    for sweep in sorted({p.run.path.parent for p in plans}):
+        if job := collect_after(sweep, profile):
+            print(f"then collect: job {job} -> {sweep / 'collect'}")
+        else:
+            print(f"{sweep.name}: no job to wait for; next: longclip collect {sweep.name}")
 
 
 def _queue_as_others_end(todo: Sequence[Any], profile: Any) -> None:

@@ -168,7 +168,7 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
         "srun_args": ["--kill-on-bad-exit=1", *site.srun],
         "mail_user": site.mail,
         "mail_type": "FAIL,END" if site.mail else None,
-        "setup": _setup(site, cpus, code),
+        "setup": setup_lines(site, cpus, code),
         "wckey": None,
     }
     if ask.gpus_per_node:
@@ -224,7 +224,8 @@ def warnings(plans: Sequence[Plan], site: Site) -> list[str]:
     return found
 
 
-def _setup(site: Site, cpus: int | None, code: Path) -> list[str]:
+def setup_lines(site: Site, cpus: int | None, code: Path) -> list[str]:
+    """Lines of a batch script before its command: the site's, and what makes a job import the snapshot ``code``."""
     lines = list(site.setup)
     lines += [f"export {name}={shlex.quote(value)}" for name, value in {**worker_env(cpus), **site.env}.items()]
     # First, and after all that a module or the site may have put there; PYTHONSAFEPATH keeps the current folder out.
