@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.identity import differences, identity, uid
 from longclip.experiment.load import Loaded
 from longclip.experiment.schema import Experiment, parse_time
+from longclip.launch import canary as canaries
 from longclip.launch import restart, worker
 from longclip.launch.preflight import excluded
 from longclip.launch.resolve import Resolved, resolve
@@ -60,6 +61,10 @@ class Plan:
     action: str
     """new, resume, or left alone"""
     why: str
+    canary: bool = False
+    """this is no run of the sweep, but tries out the shape of some (launch/canary.py)"""
+    held_by: Mapping[str, str] | None = None
+    """the canary that the run waits for: ``canary`` (folder, from the run's) and ``job``"""
 
     @property
     def queues(self) -> bool:
@@ -188,6 +193,8 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
     parameters["additional_parameters"] = {
         "chdir": str(run.path.resolve()),
         "requeue" if again else "no-requeue": True,
+        # What waits for a canary that failed is taken out of the queue, instead of waiting there for ever.
+        "kill-on-invalid-dep": "yes",
         **site.sbatch,
     }
     if nodes := excluded(run.path, time.time()):
@@ -298,8 +305,11 @@ def check_slurm(plans: Sequence[Plan], site: Site) -> None:
         test_only(batch_script(plan, site))
 
 
-def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[Plan, str, submitit.Job[Any]]]:
-    """Queues the planned jobs one by one, yielding each with its id.
+def submit(
+    plans: Sequence[Plan], site: Site, executor: str, canary: bool = False
+) -> Iterator[tuple[Plan, str, submitit.Job[Any]]]:
+    """Queues the planned jobs one by one, yielding each with its id. With ``canary`` (Slurm only) each waits until
+    its memory shape has been tried out.
 
     Raises:
         QueueFull: the site takes no more; those that were yielded are queued, the others wait.
@@ -316,15 +326,19 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
     codes = {sweep: freeze(sweep) for sweep in {one.run.path.resolve().parent for one in todo}}
     room = _room(site) if executor == "slurm" else None
     each = 1 + (site.links if site.restart == "chain" else 0)
+    beside = len({str(canaries.shape(p, site)) for p in todo}) if canary else 0
     for done, one in enumerate(todo):
-        if room is not None and (done + 1) * each > room:
+        if room is not None and (done + 1) * each + beside > room:
             raise QueueFull(f"the site lets one user have {site.max_jobs} jobs in the queue")
         # Of two people who submit the same run at once, the second finds the first one's job.
         with Lease(one.run.attempts / ".submit.lock"):
             # Hours may have passed since the plan was made, where runs are started one after the other.
             if statuses([one.run])[0][0].state in ("queued", "running", "finished", "unknown"):
                 continue
-            job = _queue(one, site, executor, codes[one.run.path.resolve().parent])
+            code = codes[one.run.path.resolve().parent]
+            if canary:
+                one = replace(one, held_by=canaries.holds(one, site, code, _queue))
+            job = _queue(one, site, executor, code)
         yield one, str(job.job_id), job
 
 
@@ -350,8 +364,10 @@ def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str |
         "site": site.name,
         "paths": plan.resolved.paths,
         "samples": plan.resolved.samples,
-        "tracking": streamable(site.tracking),
-        **code.as_record(),
+        "tracking": None if plan.canary else streamable(site.tracking),
+        **code.as_record(plan.run.path),
+        **({"canary": True} if plan.canary else {}),
+        **({"held_by": plan.held_by} if plan.held_by else {}),
         "time": time.time(),
     }
     write_json(attempt.path / "submitted.json", record)
@@ -360,8 +376,9 @@ def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str |
 
 def _queue(plan: Plan, site: Site, kind: str, code: Snapshot) -> submitit.Job[Any]:
     attempt = record_attempt(plan, site, kind, code)
+    passed = [f"afterok:{plan.held_by['job']}"] if plan.held_by else []
     try:
-        job = _start(plan.experiment, plan.run, attempt, site, kind, code)
+        job = _start(plan.experiment, plan.run, attempt, site, kind, code, passed)
         record = {
             **read_json(attempt.path / "submitted.json"),
             "job": str(os.getpid()) if kind == "debug" else str(job.job_id),
@@ -371,7 +388,7 @@ def _queue(plan: Plan, site: Site, kind: str, code: Snapshot) -> submitit.Job[An
             record["links"] = []
             for _ in range(site.links):
                 before = (record["links"] or [record["job"]])[-1]
-                link = _start(plan.experiment, plan.run, attempt, site, kind, code, after=before)
+                link = _start(plan.experiment, plan.run, attempt, site, kind, code, [f"afterany:{before}", *passed])
                 record["links"].append(str(link.job_id))
                 write_json(attempt.path / "submitted.json", record)
     except Exception as error:
@@ -397,14 +414,14 @@ def _start(
     site: Site,
     kind: str,
     code: Snapshot,
-    after: str | None = None,
+    after: Sequence[str],
 ) -> submitit.Job[Any]:
-    """``after``: the job whose end this one waits for, however it ends."""
+    """``after``: what a Slurm job waits for, as ``--dependency`` has it."""
     arguments = (str(run.path.resolve()), attempt.number)
     if kind == "slurm":
         executor = _slurm_executor(experiment, run, site, attempt.logs, code.folder)
-        if after is not None:
-            executor.update_parameters(dependency=f"afterany:{after}")
+        if after:
+            executor.update_parameters(dependency=",".join(after))
         return executor.submit(worker.run, *arguments)
     if kind == "debug":
         return submitit.DebugExecutor(folder=attempt.logs.resolve()).submit(worker.run, *arguments)
