@@ -102,6 +102,8 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show runs and batch scripts; queue nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay, with a live table, until all runs have ended.")] = False,
     parallel: Annotated[bool, typer.Option("--parallel", help="With --on local: all runs at once.")] = False,
+    canary: Annotated[bool, typer.Option("--canary", help="First try each memory shape, in minutes.")] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="A job that collects when all runs have ended.")] = False,
     runs: Runs = None,
 ) -> None:
     """Queue what is new or was interrupted; leave alone what is finished, queued or running."""
@@ -112,13 +114,17 @@ def submit(
     profile = _site(site, runs)
     if on not in ("slurm", "local", "debug"):
         raise UserError(f"--on {on}: valid is slurm, local or debug")
+    if collect and on != "slurm":
+        raise UserError("--collect is for Slurm's queue", "longclip collect SWEEP, when the runs have ended")
+    if canary and on != "slurm":
+        raise UserError("--canary is for Slurm's queue, where the runs wait for it")
     plans = launch.plan(load(paths, set_), profile)
     screen.print_plans(plans, profile.name)
     if dry_run:
         if not screen.print_dry_run(plans, profile):
             raise typer.Exit(3)
         return
-    _submit(plans, profile, on, wait, parallel)
+    _submit(plans, profile, on, wait, parallel, collect, canary)
 
 
 @app.command()
@@ -154,21 +160,34 @@ def _site(name: str | None, runs: Path | None) -> Any:
     return find_site(name, runs)
 
 
-def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: bool) -> None:
+def _submit(
+    plans: Sequence[Any],
+    profile: Any,
+    on: str,
+    wait: bool,
+    parallel: bool,
+    collect: bool = False,
+    canary: bool = False,
+) -> None:
     from longclip import screen
+    from longclip.launch import chain
     from longclip.launch import submit as launch
 
     todo = [p for p in plans if p.queues]
     if not todo:
         print("nothing to queue")
+        if collect:
+            _collect_after(plans, profile)
         return
+    if collect and not launch.problems(todo):
+        chain.check(todo, profile)
     for warning in launch.warnings(todo, profile):
         print(f"! {warning}")
     one_by_one = on == "debug" or (on == "local" and not parallel)
     ids: list[str] = []
     full: LongclipError | None = None
     try:
-        for plan, job_id, job in launch.submit(plans, profile, on):
+        for plan, job_id, job in launch.submit(plans, profile, on, canary):
             ids.append(job_id)
             if not one_by_one:
                 continue
@@ -189,17 +208,32 @@ def _submit(plans: Sequence[Any], profile: Any, on: str, wait: bool, parallel: b
             print(f"queued {ids[0] if len(ids) == 1 else f'{ids[0]} .. {ids[-1]} ({len(ids)} jobs)'} -> {where}")
         if full is not None:
             print(f"{len(todo) - len(ids)} runs wait: {full.message}; the same submit queues them when jobs have ended")
+        if collect:
+            _collect_after(plans, profile)
         print(f"watch: longclip status {sweeps[0]} -w    undo: longclip cancel {sweeps[0]}")
         if not wait:
             return
         if full is not None:
-            _queue_as_others_end(todo, profile)
+            _queue_as_others_end(todo, profile, canary)
+            if collect:
+                _collect_after(plans, profile)
         screen.watch([p.run for p in plans])
     _sync([p.run for p in plans], profile)
     _leave_by_outcome([p.run for p in todo])
 
 
-def _queue_as_others_end(todo: Sequence[Any], profile: Any) -> None:
+def _collect_after(plans: Sequence[Any], profile: Any) -> None:
+    """The job that collects each sweep, behind all its jobs, those of earlier submits too."""
+    from longclip.launch.chain import collect_after
+
+    for sweep in sorted({p.run.path.parent for p in plans}):
+        if job := collect_after(sweep, profile):
+            print(f"then collect: job {job} -> {sweep / 'collect'}")
+        else:
+            print(f"{sweep.name}: no job to wait for; next: longclip collect {sweep.name}")
+
+
+def _queue_as_others_end(todo: Sequence[Any], profile: Any, canary: bool) -> None:
     """Queues the runs that the site had no room for, one by one as it has."""
     from longclip.launch import submit as launch
     from longclip.launch.status import statuses
@@ -207,7 +241,7 @@ def _queue_as_others_end(todo: Sequence[Any], profile: Any) -> None:
     while waiting := [p for p, s in zip(todo, statuses([p.run for p in todo])[0], strict=True) if s.state == "waiting"]:
         time.sleep(30)
         with contextlib.suppress(launch.QueueFull):
-            for plan, job_id, _ in launch.submit(waiting, profile, "slurm"):
+            for plan, job_id, _ in launch.submit(waiting, profile, "slurm", canary):
                 print(f"queued {plan.run.name}: {job_id}", flush=True)
 
 

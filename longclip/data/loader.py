@@ -164,13 +164,15 @@ def training_batches(
     return iter(loader)
 
 
-def evaluation_batches(reader: Reader, batch: int, rank: int, ranks: int) -> Iterator[tuple[Batch, int]]:
-    """All samples in order, ``batch`` at a time per rank, with how many of a batch count.
+def evaluation_batches(
+    reader: Reader, batch: int, rank: int, ranks: int, first: int | None = None
+) -> Iterator[tuple[Batch, int]]:
+    """All samples in order (or the ``first`` ones), ``batch`` at a time per rank, with how many of a batch count.
 
     Every rank yields the same number of batches (ZeRO-3 hangs otherwise); where a rank has run out, a batch of one
     sample that does not count stands in.
     """
-    places = [(s, i) for s, size in enumerate(reader.dataset.sizes) for i in range(size)]
+    places = [(s, i) for s, size in enumerate(reader.dataset.sizes) for i in range(size)][:first]
     for start in range(0, len(places), batch * ranks):
         mine = places[start + rank * batch : start + (rank + 1) * batch]
         yield reader.batch(mine or places[:1], [None] * max(1, len(mine))), len(mine)

@@ -57,18 +57,19 @@ def evaluate(
     batch: int,
     ranks: Ranks,
     alive: Callable[[], None] = lambda: None,
+    first: int | None = None,
 ) -> dict[str, float]:
-    """Retrieval over a whole dataset, features computed by all ranks, the same numbers on any number of them.
+    """Retrieval over a dataset, features computed by all ranks, the same numbers on any number of them.
 
     ``model`` is what is called (the DeepSpeed engine), ``module`` what is switched to evaluation. Samples that cannot
-    be read are left out on all ranks. ``alive`` is called after every batch.
+    be read are left out on all ranks. ``alive`` is called after every batch. All samples, or the ``first`` so many.
     Also returns ``pairs`` (how many counted) and ``waste`` at this window.
     """
     was_training = module.training
     module.eval()
     images, texts, kept, lost = [], [], 0, 0
     with torch.no_grad():
-        for part, count in evaluation_batches(reader, batch, ranks.rank, ranks.size):
+        for part, count in evaluation_batches(reader, batch, ranks.rank, ranks.size, first):
             image_BD, text_BD, _ = model(part.pixels.to(ranks.device), part.text.to(ranks.device))
             use = part.valid[:count].nonzero()[:, 0].to(ranks.device)
             images.append(image_BD[:count][use].cpu())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 from longclip.errors import SiteError
+from longclip.launch.chain import jobs_beside
 from longclip.launch.status import statuses
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder, write_json
@@ -17,6 +18,8 @@ from longclip.run.folder import RunFolder, write_json
 
 def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     """Cancels what is queued or running; ``(run, what was done)`` for each.
+
+    With all runs of a sweep go its canaries and the job that would collect it.
 
     Raises:
         SiteError: scancel failed; its own words.
@@ -27,6 +30,12 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     alive = [s for s in known if s.jobs]
     done = []
     slurm: list[str] = []
+    for sweep in sorted({run.path.parent.resolve() for run in runs}):
+        if {marker.parent for marker in sweep.glob("*/identity.json")} <= {run.path.resolve() for run in runs}:
+            # Before the runs: their end would start it.
+            beside = jobs_beside(sweep, "collect", "canary")
+            slurm += beside
+            done += [(sweep.name, f"scancel {job} (collect or canary)") for job in beside]
     for status in alive:
         run, last = status.run, attempts_of(status.run)[-1]
         write_json(

@@ -35,8 +35,8 @@ class Code:
     """eight hex digits"""
     commit: str | None
 
-    def as_record(self) -> dict[str, str | None]:
-        """What ``submitted.json`` says of it."""
+    def as_record(self, run: Path) -> dict[str, str | None]:
+        """What ``submitted.json`` of the run in the folder ``run`` says of it."""
         return {"code": self.hash, "commit": self.commit}
 
 
@@ -47,9 +47,9 @@ class Snapshot(Code):
     folder: Path
     """absolute; what a worker has first on PYTHONPATH"""
 
-    def as_record(self) -> dict[str, str | None]:
+    def as_record(self, run: Path) -> dict[str, str | None]:
         """With the path from the run folder: run folders are moved with their sweep."""
-        return {**super().as_record(), "snapshot": f"../{self.folder.parent.name}/{self.folder.name}"}
+        return {**super().as_record(run), "snapshot": os.path.relpath(self.folder, run.resolve())}
 
 
 def code_hash() -> str:

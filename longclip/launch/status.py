@@ -12,7 +12,7 @@ from longclip.run.attempts import CANCELLED, FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder
 from longclip.run.hours import rank_hours
 from longclip.run.journal import Point, effective, series
-from longclip.run.verdicts import INFRASTRUCTURE, OWN, Verdict, log_text, stays, trail, verdict_of
+from longclip.run.verdicts import INFRASTRUCTURE, OWN, Verdict, from_log, log_text, stays, trail, verdict_of
 
 CONTINUES = (*INFRASTRUCTURE, "killed", "waiting", "lost", "rejected")
 """States from which submit continues a run without being told twice"""
@@ -165,6 +165,8 @@ def state_of(run: RunFolder, words: Words) -> tuple[str, str]:
         return _without_job(last, words)
     if any((a.path / "cancelled.json").exists() for a in trail(run)):
         return CANCELLED, "by longclip cancel"
+    if last.started is None and (why := _canary_failed(run, last, words)):
+        return "rejected", why
     if word.state == "CANCELLED" and word.by_owner and (verdict is None or verdict.kind in INFRASTRUCTURE):
         return CANCELLED, f"job {job}: scancel {word.detail}".strip()
     if word.state == "UNKNOWN" and (verdict is None or verdict.kind in CONTINUES):
@@ -176,6 +178,21 @@ def state_of(run: RunFolder, words: Words) -> tuple[str, str]:
     if stuck and stuck != CANCELLED:
         return "no progress", stuck + waiting
     return verdict.kind, verdict.message + waiting
+
+
+def _canary_failed(run: RunFolder, attempt: Attempt, words: Words) -> str | None:
+    """Why the canary that held the attempt back let it not begin; None where none did, or where it has not failed."""
+    held = (attempt.submitted or {}).get("held_by")
+    if not held or not words.complete or words.jobs.get(held["job"], Word("GONE")).alive:
+        return None
+    canary = RunFolder((run.path / held["canary"]).resolve())
+    tries = [a for a in attempts_of(canary) if a.job == held["job"]]
+    if not tries:
+        return f"its canary, job {held['job']}, left no record in {canary.path}"
+    verdict = verdict_of(tries[-1]) or from_log(tries[-1]) or _of_word(Word("GONE"), held["job"], tries[-1], None)
+    if verdict.kind == FINISHED:
+        return None
+    return f"its canary failed: job {held['job']}: {verdict.kind}: {verdict.message}; longclip logs {canary.path}"
 
 
 def _in_queue(words: Words, alive: Sequence[str], last: Attempt, verdict: Verdict | None) -> tuple[str, str]:

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.identity import differences, identity, uid
 from longclip.experiment.load import Loaded
 from longclip.experiment.schema import Experiment, parse_time
+from longclip.launch import canary as canaries
 from longclip.launch import restart, worker
 from longclip.launch.preflight import excluded
 from longclip.launch.resolve import Resolved, resolve
@@ -62,6 +63,10 @@ class Plan:
     why: str
     attempts: list[tuple[Any, ...]] = field(default_factory=list)
     """those that the decision knew of, as :func:`_attempts` gives them"""
+    canary: bool = False
+    """this is no run of the sweep, but tries out the shape of some (launch/canary.py)"""
+    held_by: Mapping[str, str] | None = None
+    """the canary that the run waits for: ``canary`` (folder, from the run's) and ``job``"""
 
     @property
     def queues(self) -> bool:
@@ -181,7 +186,7 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
         "srun_args": ["--kill-on-bad-exit=1", *site.srun],
         "mail_user": site.mail,
         "mail_type": "FAIL,END" if site.mail else None,
-        "setup": _setup(site, cpus, code),
+        "setup": setup_lines(site, cpus, code),
         "wckey": None,
     }
     if ask.gpus_per_node:
@@ -201,6 +206,8 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
     parameters["additional_parameters"] = {
         "chdir": str(run.path.resolve()),
         "requeue" if again else "no-requeue": True,
+        # What waits for a canary that failed is taken out of the queue, instead of waiting there for ever.
+        "kill-on-invalid-dep": "yes",
         **site.sbatch,
     }
     if nodes := excluded(run.path, time.time()):
@@ -237,7 +244,8 @@ def warnings(plans: Sequence[Plan], site: Site) -> list[str]:
     return found
 
 
-def _setup(site: Site, cpus: int | None, code: Path) -> list[str]:
+def setup_lines(site: Site, cpus: int | None, code: Path) -> list[str]:
+    """Lines of a batch script before its command: the site's, and what makes a job import the snapshot ``code``."""
     lines = list(site.setup)
     lines += [f"export {name}={shlex.quote(value)}" for name, value in {**worker_env(cpus), **site.env}.items()]
     # First, and after all that a module or the site may have put there; PYTHONSAFEPATH keeps the current folder out.
@@ -324,8 +332,11 @@ def check_slurm(plans: Sequence[Plan], site: Site) -> None:
         test_only(script)
 
 
-def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[Plan, str, submitit.Job[Any]]]:
-    """Queues the planned jobs one by one, yielding each with its id.
+def submit(
+    plans: Sequence[Plan], site: Site, executor: str, canary: bool = False
+) -> Iterator[tuple[Plan, str, submitit.Job[Any]]]:
+    """Queues the planned jobs one by one, yielding each with its id. With ``canary`` (Slurm only) each waits until
+    its memory shape has been tried out.
 
     Raises:
         QueueFull: the site takes no more; those that were yielded are queued, the others wait.
@@ -342,8 +353,9 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
     codes = {sweep: freeze(sweep) for sweep in {one.run.path.resolve().parent for one in todo}}
     room = _room(site) if executor == "slurm" else None
     each = 1 + (site.links if site.restart == "chain" else 0)
+    beside = len({str(canaries.shape(p, site)) for p in todo}) if canary else 0
     for done, one in enumerate(todo):
-        if room is not None and (done + 1) * each > room:
+        if room is not None and (done + 1) * each + beside > room:
             raise QueueFull(f"the site lets one user have {site.max_jobs} jobs in the queue")
         # Of two people who submit the same run at once, the second finds the first one's attempt. As long as the record
         # is that of the plan, though hours may have passed, the scheduler is not asked again for every single run.
@@ -351,7 +363,10 @@ def submit(plans: Sequence[Plan], site: Site, executor: str) -> Iterator[tuple[P
             changed = _attempts(one.run) != one.attempts
             if changed and statuses([one.run])[0][0].state in (*UNDER_WAY, "finished"):
                 continue
-            job = _queue(one, site, executor, codes[one.run.path.resolve().parent])
+            code = codes[one.run.path.resolve().parent]
+            if canary:
+                one = replace(one, held_by=canaries.holds(one, site, code, _queue))
+            job = _queue(one, site, executor, code)
         yield one, str(job.job_id), job
 
 
@@ -377,8 +392,10 @@ def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str |
         "site": site.name,
         "paths": plan.resolved.paths,
         "samples": plan.resolved.samples,
-        "tracking": streamable(site.tracking),
-        **code.as_record(),
+        "tracking": None if plan.canary else streamable(site.tracking),
+        **code.as_record(plan.run.path),
+        **({"canary": True} if plan.canary else {}),
+        **({"held_by": plan.held_by} if plan.held_by else {}),
         "time": time.time(),
     }
     write_json(attempt.path / "submitted.json", record)
@@ -387,8 +404,9 @@ def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str |
 
 def _queue(plan: Plan, site: Site, kind: str, code: Snapshot) -> submitit.Job[Any]:
     attempt = record_attempt(plan, site, kind, code)
+    passed = [f"afterok:{plan.held_by['job']}"] if plan.held_by else []
     try:
-        job = _start(plan.experiment, plan.run, attempt, site, kind, code)
+        job = _start(plan.experiment, plan.run, attempt, site, kind, code, passed)
         record = {
             **read_json(attempt.path / "submitted.json"),
             "job": str(os.getpid()) if kind == "debug" else str(job.job_id),
@@ -398,7 +416,7 @@ def _queue(plan: Plan, site: Site, kind: str, code: Snapshot) -> submitit.Job[An
             record["links"] = []
             for _ in range(site.links):
                 before = (record["links"] or [record["job"]])[-1]
-                link = _start(plan.experiment, plan.run, attempt, site, kind, code, after=before)
+                link = _start(plan.experiment, plan.run, attempt, site, kind, code, [f"afterany:{before}", *passed])
                 record["links"].append(str(link.job_id))
                 write_json(attempt.path / "submitted.json", record)
     except Exception as error:
@@ -424,14 +442,14 @@ def _start(
     site: Site,
     kind: str,
     code: Snapshot,
-    after: str | None = None,
+    after: Sequence[str],
 ) -> submitit.Job[Any]:
-    """``after``: the job whose end this one waits for, however it ends."""
+    """``after``: what a Slurm job waits for, as ``--dependency`` has it."""
     arguments = (str(run.path.resolve()), attempt.number)
     if kind == "slurm":
         executor = _slurm_executor(experiment, run, site, attempt.logs, code.folder)
-        if after is not None:
-            executor.update_parameters(dependency=f"afterany:{after}")
+        if after:
+            executor.update_parameters(dependency=",".join(after))
         return executor.submit(worker.run, *arguments)
     if kind == "debug":
         return submitit.DebugExecutor(folder=attempt.logs.resolve()).submit(worker.run, *arguments)

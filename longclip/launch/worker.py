@@ -128,10 +128,10 @@ def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
     _attempt = attempt = _claim(record, number, facts, ranks)
     submitted = Attempt(record.attempts / f"{number:04d}")
     experiment = load_experiment(submitted.path / "experiment.yaml")
-    paths = (submitted.submitted or {})["paths"]
-    uri = (submitted.submitted or {}).get("tracking") if ranks.rank == 0 else None
+    asked = submitted.submitted or {}
+    uri = asked.get("tracking") if ranks.rank == 0 else None
     with _streamed(attempt, uri):
-        return _train_claimed(record, attempt, experiment, paths, who, ranks)
+        return _train_claimed(record, attempt, experiment, asked["paths"], who, ranks, "canary" in asked)
 
 
 def _train_claimed(
@@ -141,7 +141,9 @@ def _train_claimed(
     paths: Mapping[str, str],
     who: Sequence[Who],
     ranks: Ranks,
+    is_canary: bool,
 ) -> str:
+    from longclip.train.canary import canary
     from longclip.train.loop import Job, train
     from longclip.train.watch import Watch
 
@@ -157,7 +159,12 @@ def _train_claimed(
             _seen = samples
             watch.beat(samples)
 
-        verdict = train(Job(record, attempt, experiment, paths, beat), ranks, lambda: _Signals.received is not None)
+        job = Job(record, attempt, experiment, paths, beat)
+        if is_canary:  # it takes minutes, and has nothing that were worth saving at a signal
+            canary(job, ranks)
+            verdict = FINISHED
+        else:
+            verdict = train(job, ranks, lambda: _Signals.received is not None)
     message = ""
     if verdict == INTERRUPTED:
         verdict, message = why_interrupted(ranks, begun, parse_time(experiment.slurm.time))
@@ -203,7 +210,8 @@ def _claim_alone(record: RunFolder, number: int, facts: dict[str, Any]) -> tuple
     job = _job_id()
     if why := stays(record):
         return "leave", why
-    if restart.in_slurm():
+    is_canary = "canary" in (Attempt(record.attempts / f"{number:04d}").submitted or {})
+    if restart.in_slurm() and not is_canary:  # a canary that fails has told what it was sent for
         restart.may_again(record, job, excluded(record.path, time.time()))
     log = _log()
     if log is not None:

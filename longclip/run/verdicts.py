@@ -72,13 +72,13 @@ def verdict_of(attempt: Attempt) -> Verdict | None:
         if not _LOST_PEER.search(failure["message"]):
             return Verdict(kind, samples, f"{where}: {failure['message']}", time=when)
         # Whoever it lost was killed before it could say a word; perhaps Slurm says why.
-        told = _from_log(attempt)
+        told = from_log(attempt)
         if told is not None and told.kind != CANCELLED:
             return Verdict(told.kind, samples, told.message, "log", when)
         return Verdict("killed", samples, f"{where} lost its connection to another rank", time=when)
     if attempt.started is None:
         return None
-    return _from_log(attempt)
+    return from_log(attempt)
 
 
 def first_failure(attempt: Attempt) -> dict[str, Any] | None:
@@ -123,7 +123,8 @@ def log_text(attempt: Attempt) -> str:
         return ""
 
 
-def _from_log(attempt: Attempt) -> Verdict | None:
+def from_log(attempt: Attempt) -> Verdict | None:
+    """What Slurm left in the attempt's log, whether or not its worker came to claim it."""
     text = log_text(attempt)
     for kind, sign in _SIGNS:
         if match := sign.search(text):

@@ -13,7 +13,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -81,7 +81,7 @@ class Meters:
             "speed/tokens_per_second": tokens / seconds,
             "text/padding_avoided": 1.0 - tokens / (captions * window),
             "data/wait_share": waited / ranks.size / seconds,
-            "memory/peak_gib": _peak_bytes(ranks) / 2**30,
+            "memory/peak_gib": peak_bytes(ranks) / 2**30,
         }
 
 
@@ -94,21 +94,10 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     """
     experiment = job.experiment
     recipe = experiment.train
-    model_spec = localized(experiment.model, job.paths)
-    train_set, val_set = (open_pinned(job, name) for name in ("data.train", "data.val"))
-    tokenizer = Tokenizer(
-        job.paths.get("model.text.tokenizer") or str(model_spec.text.tower), model_spec.context_length
-    )
-    model = build(model_spec, recipe.seed, experiment.engine.activation_checkpointing)
-    check_fit(model, tokenizer, experiment)
-    pixels = pixels_of(model_spec.image)
-    readers = {
-        k: Reader(d, tokenizer, pixels, experiment.data.text) for k, d in (("train", train_set), ("val", val_set))
-    }
-
+    engine, reader, val = prepare(job, ranks)
+    train_set = reader.dataset
     batch = recipe.global_batch
     total_steps = steps_of(experiment, len(train_set))
-    engine = engines.start(model, experiment, ranks)
     state: dict[str, Any] = {"step": 0, "samples": 0, "best": None}
     source = checkpoint.newest(job.run.checkpoints, ranks)
     if source is not None:
@@ -124,7 +113,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     meters = Meters()
     batches = _waiting(
         training_batches(
-            readers["train"],
+            reader,
             Order(train_set.sizes, recipe.seed),
             recipe.crop_scale,
             batch,
@@ -160,11 +149,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         engines.set_lr(engine, lr)
         # Dropout's draws belong to the step and the rank, so that a run that continues draws what it would have drawn.
         torch.manual_seed(key(recipe.seed, "dropout", step, ranks.rank) % 2**63)
-        image_bd, text_bd, scale = engine(part.pixels.to(ranks.device), part.text.to(ranks.device))
-        valid = part.valid.to(ranks.device)
-        loss = contrastive_loss(image_bd, text_bd, scale, ranks, valid)
-        engine.backward(loss)
-        grad_norm = engines.step(engine)
+        loss, scale, grad_norm = take_step(engine, part, ranks)
         state.update(step=step + 1, samples=(step + 1) * batch)
         alive()
         _note_bad(job, part, step, ranks)
@@ -173,7 +158,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         timed_out = save_seconds is not None and time.monotonic() - saved_at >= save_seconds
         losses, stops, dues, tokens, cut, bad = ranks.sum_across(
             [
-                loss.item(),
+                loss,
                 float(should_stop()),
                 float(timed_out and ranks.rank == 0),
                 float(part.tokens),
@@ -186,7 +171,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
             "train/loss": mean_loss,
             "train/grad_norm": grad_norm,
             "train/lr": lr,
-            "train/scale": scale.item(),
+            "train/scale": scale,
             "text/tokens": tokens,
             "text/tokens_cut": cut,
         }
@@ -194,7 +179,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
             metrics["data/bad_samples"] = bad
         last = state["step"] == total_steps
         if state["step"] % METER_STEPS == 0 or last:
-            metrics |= meters.point(model_spec.context_length, ranks)
+            metrics |= meters.point(experiment.model.context_length, ranks)
             meters.reset()
         if journal:
             journal.write(state["step"], state["samples"], metrics)
@@ -211,7 +196,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
 
         improved = False
         if _crossed(evaluated, state["samples"], evaluate_every) or last:
-            scores = evaluate(engine, engine.module, readers["val"], experiment.evaluate.batch, ranks, alive)
+            scores = evaluate(engine, engine.module, val, experiment.evaluate.batch, ranks, alive)
             evaluated = state["samples"]
             improved = state["best"] is None or scores["mean_recall_at_1"] > state["best"]["value"]
             if improved:
@@ -235,16 +220,40 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     if journal:
         journal.close()
     if experiment.data.test is not None:
-        _test(job, engine, state, tokenizer, pixels, ranks)
+        _test(job, engine, state, val, ranks)
     return FINISHED
 
 
-def _test(job: Job, engine: Any, state: dict[str, Any], tokenizer: Tokenizer, pixels: Any, ranks: Ranks) -> None:
+def prepare(job: Job, ranks: Ranks) -> tuple[Any, Reader, Reader]:
+    """The engine with initial weights, and the readers of training and validation data. Collective.
+
+    Raises UserError where the inputs do not fit the experiment.
+    """
+    experiment = job.experiment
+    spec = localized(experiment.model, job.paths)
+    train_set, val_set = (open_pinned(job, name) for name in ("data.train", "data.val"))
+    tokenizer = Tokenizer(job.paths.get("model.text.tokenizer") or str(spec.text.tower), spec.context_length)
+    model = build(spec, experiment.train.seed, experiment.engine.activation_checkpointing)
+    check_fit(model, tokenizer, experiment)
+    train, val = (Reader(d, tokenizer, pixels_of(spec.image), experiment.data.text) for d in (train_set, val_set))
+    return engines.start(model, experiment, ranks), train, val
+
+
+def take_step(engine: Any, part: Batch, ranks: Ranks) -> tuple[float, float, float]:
+    """One optimizer step on this rank's ``part``: its loss, the scale of the logits, the gradient norm. Collective."""
+    image_bd, text_bd, scale = engine(part.pixels.to(ranks.device), part.text.to(ranks.device))
+    loss = contrastive_loss(image_bd, text_bd, scale, ranks, part.valid.to(ranks.device))
+    engine.backward(loss)
+    grad_norm = engines.step(engine)
+    return loss.item(), scale.item(), grad_norm
+
+
+def _test(job: Job, engine: Any, state: dict[str, Any], val: Reader, ranks: Ranks) -> None:
     """Scores the checkpoint that validation chose on the test set, into ``evaluations/test.json``."""
     best = state["best"]["checkpoint"]
     checkpoint.restore(engine, job.run.checkpoints / best, ranks)
     dataset = open_dataset(job.paths["data.test"])
-    reader = Reader(dataset, tokenizer, pixels, job.experiment.data.text)
+    reader = replace(val, dataset=dataset)
     alive = partial(job.beat, state["samples"])
     scores = evaluate(engine, engine.module, reader, job.experiment.evaluate.batch, ranks, alive)
     if ranks.rank == 0:
@@ -347,7 +356,7 @@ def _note_bad(job: Job, part: Batch, step: int, ranks: Ranks) -> None:
             f.writelines(json.dumps({"step": step + 1, "sample": key}) + "\n" for key in part.bad)
 
 
-def _peak_bytes(ranks: Ranks) -> int:
+def peak_bytes(ranks: Ranks) -> int:
     """Peak memory of this rank: the GPU's where there is one, else the process's."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranks.device)
