@@ -11,7 +11,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,7 +108,8 @@ def submit(
     """Queue what is new or was interrupted; leave alone what is finished, queued or running."""
     from longclip import screen
     from longclip.experiment.load import load
-    from longclip.launch import submit as launch
+    from longclip.launch.plan import plan
+    from longclip.submission import carry_out
 
     profile = _site(site, runs)
     if on not in ("slurm", "local", "debug"):
@@ -118,13 +118,14 @@ def submit(
         raise UserError("--collect is for Slurm's queue", "longclip collect SWEEP, when the runs have ended")
     if canary and on != "slurm":
         raise UserError("--canary is for Slurm's queue, where the runs wait for it")
-    plans = launch.plan(load(paths, set_), profile)
+    plans = plan(load(paths, set_), profile)
     screen.print_plans(plans, profile.name)
     if dry_run:
         if not screen.print_dry_run(plans, profile):
             raise typer.Exit(3)
         return
-    _submit(plans, profile, on, wait, parallel, collect, canary)
+    if code := carry_out(plans, profile, on, wait, parallel, collect, canary):
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -138,137 +139,28 @@ def retry(
     """Continue runs that crashed, diverged or were cancelled, from their last checkpoint."""
     from longclip import screen
     from longclip.experiment.load import Loaded
-    from longclip.launch import submit as launch
+    from longclip.launch.plan import plan
     from longclip.run.folder import find_runs
+    from longclip.submission import carry_out
 
     profile = _site(site, runs)
     found = find_runs(profile.runs, target)
     loaded = [Loaded(r.experiment(), r.path, r.sweep, r.axes()) for r in found]
-    plans = launch.plan(loaded, profile, retry=True)
+    plans = plan(loaded, profile, retry=True)
     for run, one in zip(found, plans, strict=True):
         if one.run.path.resolve() != run.path.resolve():
             raise UserError(
                 f"{run.path}: retry would begin {one.run.path} instead: data or weights have changed, or --runs"
             )
     screen.print_plans(plans, profile.name)
-    _submit(plans, profile, on, wait, parallel=False)
+    if code := carry_out(plans, profile, on, wait):
+        raise typer.Exit(code)
 
 
 def _site(name: str | None, runs: Path | None) -> Any:
     from longclip.launch.site import find_site
 
     return find_site(name, runs)
-
-
-def _submit(
-    plans: Sequence[Any],
-    profile: Any,
-    on: str,
-    wait: bool,
-    parallel: bool,
-    collect: bool = False,
-    canary: bool = False,
-) -> None:
-    from longclip import screen
-    from longclip.launch import chain
-    from longclip.launch import submit as launch
-
-    todo = [p for p in plans if p.queues]
-    if not todo:
-        print("nothing to queue")
-        if collect:
-            _collect_after(plans, profile)
-        return
-    if collect and not launch.problems(todo):
-        chain.check(todo, profile)
-    for warning in launch.warnings(todo, profile):
-        print(f"! {warning}")
-    one_by_one = on == "debug" or (on == "local" and not parallel)
-    ids: list[str] = []
-    full: LongclipError | None = None
-    try:
-        for plan, job_id, job in launch.submit(plans, profile, on, canary):
-            ids.append(job_id)
-            if not one_by_one:
-                continue
-            if on == "debug":
-                job.results()
-            elif not screen.watch([p.run for p in plans], until=job.done):
-                print(f"\nstopped watching; {plan.run.name} goes on (longclip cancel {plan.run.name} stops it)")
-                _leave_rest([p.run.name for p in todo[len(ids) :]])
-            if _cancelled(plan.run):
-                print(f"{plan.run.name} was cancelled")
-                _leave_rest([p.run.name for p in todo[len(ids) :]])
-    except launch.QueueFull as error:
-        full = error
-    sweeps = sorted({p.run.sweep for p in todo})
-    where = ", ".join(str(profile.runs / s) for s in sweeps)
-    if not one_by_one:
-        if ids:
-            print(f"queued {ids[0] if len(ids) == 1 else f'{ids[0]} .. {ids[-1]} ({len(ids)} jobs)'} -> {where}")
-        if full is not None:
-            print(f"{len(todo) - len(ids)} runs wait: {full.message}; the same submit queues them when jobs have ended")
-        if collect:
-            _collect_after(plans, profile)
-        print(f"watch: longclip status {sweeps[0]} -w    undo: longclip cancel {sweeps[0]}")
-        if not wait:
-            return
-        if full is not None:
-            _queue_as_others_end(todo, profile, canary)
-            if collect:
-                _collect_after(plans, profile)
-        screen.watch([p.run for p in plans])
-    _sync([p.run for p in plans], profile)
-    _leave_by_outcome([p.run for p in todo])
-
-
-def _collect_after(plans: Sequence[Any], profile: Any) -> None:
-    """The job that collects each sweep, behind all its jobs, those of earlier submits too."""
-    from longclip.launch.chain import collect_after
-
-    for sweep in sorted({p.run.path.parent for p in plans}):
-        if job := collect_after(sweep, profile):
-            print(f"then collect: job {job} -> {sweep / 'collect'}")
-        else:
-            print(f"{sweep.name}: no job to wait for; next: longclip collect {sweep.name}")
-
-
-def _queue_as_others_end(todo: Sequence[Any], profile: Any, canary: bool) -> None:
-    """Queues the runs that the site had no room for, one by one as it has."""
-    from longclip.launch import submit as launch
-    from longclip.launch.status import statuses
-
-    while waiting := [p for p, s in zip(todo, statuses([p.run for p in todo])[0], strict=True) if s.state == "waiting"]:
-        time.sleep(30)
-        with contextlib.suppress(launch.QueueFull):
-            for plan, job_id, _ in launch.submit(waiting, profile, "slurm", canary):
-                print(f"queued {plan.run.name}: {job_id}", flush=True)
-
-
-def _cancelled(run: Any) -> bool:
-    from longclip.launch.status import statuses
-
-    return statuses([run])[0][0].state == "cancelled"
-
-
-def _leave_rest(names: Sequence[str]) -> None:
-    """Ends a submit that was stopped half-way, naming the runs that it has not begun."""
-    if names:
-        print(f"not started: {', '.join(names)}; the same submit continues with them")
-    raise typer.Exit(1)
-
-
-def _leave_by_outcome(runs: Sequence[Any]) -> None:
-    """Exit code 1 if a run that was waited for did not finish, and what to do about it."""
-    from longclip.launch.status import statuses
-
-    rows, _ = statuses(runs)
-    bad = [r for r in rows if r.state != "finished"]
-    for row in bad:
-        print(f"{row.run.name}: {row.state}: {row.note}\n  next: longclip logs {row.run.name}")
-    if bad:
-        raise typer.Exit(1)
-    print(f"all finished; next: longclip collect {rows[0].run.sweep}")
 
 
 @app.command()
@@ -407,7 +299,9 @@ def collect(
         print(f"! {warning}")
     print(f"wrote {', '.join(str(p) for p in result.files)}")
     if not no_sync:
-        _sync(found, _site(site, runs))
+        from longclip.submission import print_sync
+
+        print_sync(found, _site(site, runs))
 
 
 @app.command()
@@ -419,6 +313,7 @@ def sync(
 ) -> None:
     """Replay journals into MLflow: one run, one curve. Any number of times, from any machine."""
     from longclip.launch.tracking import keep_synced
+    from longclip.submission import print_sync
 
     found, profile = _find(site, runs, target), _site(site, runs)
     if watch:
@@ -427,15 +322,7 @@ def sync(
                 found, profile.tracking_uri, lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
             )
     else:
-        _sync(found, profile)
-
-
-def _sync(found: Sequence[Any], profile: Any) -> None:
-    from longclip.launch.tracking import sync_runs
-
-    report = sync_runs(found, profile.tracking_uri)
-    look = f"mlflow ui --backend-store-uri {report.uri}" if report.uri.startswith("sqlite") else report.uri
-    print(f"MLflow: {report}    look: {look}")
+        print_sync(found, profile)
 
 
 @app.command()

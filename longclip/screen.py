@@ -19,10 +19,10 @@ from longclip.launch.status import CONTINUES, UNDER_WAY, Status, statuses
 from longclip.run.folder import RunFolder
 
 if TYPE_CHECKING:
+    from longclip.launch.plan import Plan
     from longclip.launch.prune import Pruning
     from longclip.launch.scheduler import Words
     from longclip.launch.site import Site
-    from longclip.launch.submit import Plan
 
 # In a log file a row stays on its line, however long.
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 500)
@@ -62,7 +62,8 @@ def print_time_warnings(experiments: Iterable[Experiment]) -> None:
 
 def print_dry_run(plans: Sequence[Plan], profile: Site) -> bool:
     """Batch scripts, Slurm's answers to them, and what stands in the way; False if Slurm refused one."""
-    from longclip.launch import submit as launch
+    from longclip.launch import job
+    from longclip.launch.plan import problems
     from longclip.launch.scheduler import have_slurm
     from longclip.launch.snapshot import code_hash
 
@@ -70,20 +71,20 @@ def print_dry_run(plans: Sequence[Plan], profile: Site) -> bool:
     answers: dict[str, str] = {}
     refused = False
     for p in plans:
-        script = launch.batch_script(p, profile, code)
+        script = job.batch_script(p, profile, code)
         print(f"\n# ---- {p.run.sweep}/{p.run.name}")
         print(script.rstrip())
         if have_slurm():
-            if (shape := launch.shape(script)) not in answers:
+            if (shape := job.shape(script)) not in answers:
                 try:
-                    answers[shape] = f"# sbatch --test-only: {launch.test_only(script)}"
+                    answers[shape] = f"# sbatch --test-only: {job.test_only(script)}"
                 except LongclipError as error:
                     refused = True
                     answers[shape] = f"# {error}"
             print(answers[shape])
     if not have_slurm():
         print("\n# sbatch --test-only: not tried, there is no Slurm on this machine")
-    obstacles = launch.problems(plans)
+    obstacles = problems(plans)
     for obstacle in obstacles:
         print(f"! a submit would stop here: {obstacle}")
     if obstacles:

@@ -27,7 +27,7 @@ from longclip.track.lease import Lease
 if TYPE_CHECKING:
     import submitit
 
-    from longclip.launch.submit import Plan
+    from longclip.launch.plan import Plan
 
     Queue = Callable[[Plan, Site, str, Snapshot], submitit.Job[Any]]
     """what queues a plan's job; handed in, for submit imports this file"""

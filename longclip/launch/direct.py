@@ -7,10 +7,12 @@ from pathlib import Path
 
 from longclip.errors import LongclipError, UserError
 from longclip.experiment.load import load
-from longclip.launch import submit
 from longclip.launch.caches import leave_home_alone
+from longclip.launch.plan import plan as plan_all
+from longclip.launch.plan import problems
 from longclip.launch.site import Site
 from longclip.launch.snapshot import todays_code
+from longclip.launch.submit import record_attempt
 from longclip.launch.worker import Leave, meet, note_failure, stop_at_step_boundary, train_attempt
 from longclip.run.attempts import Superseded
 from longclip.run.folder import RunFolder
@@ -63,11 +65,11 @@ def _record(file: Path, overrides: list[str], site: Site) -> tuple[str, int]:
     loaded = load([file], overrides)
     if len(loaded) != 1:
         raise UserError(f"{file}: is a sweep of {len(loaded)} experiments; longclip submit queues them")
-    (plan,) = submit.plan(loaded, site, retry=True)
-    for problem in submit.problems([plan]):
+    (plan,) = plan_all(loaded, site, retry=True)
+    for problem in problems([plan]):
         raise problem
     if not plan.queues:
         raise UserError(f"{plan.run.name}: {plan.why}", f"longclip status {plan.run.name}")
     plan.run.create(plan.experiment, plan.identity, dict(plan.axes))
-    attempt = submit.record_attempt(plan, site, "local", todays_code(), str(os.getpid()))
+    attempt = record_attempt(plan, site, "local", todays_code(), str(os.getpid()))
     return str(plan.run.path), attempt.number

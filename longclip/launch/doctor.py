@@ -24,9 +24,10 @@ from longclip import __version__
 from longclip.data.shards import open_dataset
 from longclip.errors import LongclipError, SiteError
 from longclip.experiment.schema import Experiment
-from longclip.launch import submit
+from longclip.launch import job
 from longclip.launch.cluster import Cluster, Partition, ask, read_cluster
 from longclip.launch.disk import disk_of
+from longclip.launch.plan import Plan
 from longclip.launch.resolve import Resolved
 from longclip.launch.site import Site
 from longclip.run.folder import RunFolder
@@ -139,13 +140,13 @@ def _gpus(partition: Partition, site: Site, cluster: Cluster) -> Check:
 def _test_job(partition: Partition, site: Site) -> Check:
     """A job of one task (and one GPU, if there are any), as submit would write it, put to ``sbatch --test-only``."""
     try:
-        words = submit.test_only(submit.batch_script(_trial(site, bool(partition.gpus)), site))
+        words = job.test_only(job.batch_script(_trial(site, bool(partition.gpus)), site))
     except SiteError as error:
         return Check("fail", "a job", error.message, "correct account, qos, partition or sbatch: in the site profile")
     return Check("ok", "a job", words)
 
 
-def _trial(site: Site, gpu: bool) -> submit.Plan:
+def _trial(site: Site, gpu: bool) -> Plan:
     text = {"config": {"model_type": "modernbert"}, "tokenizer": "none"}
     model = {"context_length": 77, "image": {"config": {"model_type": "vit"}}, "text": text}
     asked = Experiment.model_validate(
@@ -158,7 +159,7 @@ def _trial(site: Site, gpu: bool) -> submit.Plan:
         }
     )
     run = RunFolder(site.runs / "doctor" / "doctor-00000000")
-    return submit.Plan(asked, {}, Resolved(), {}, run, "new", "")
+    return Plan(asked, {}, Resolved(), {}, run, "new", "")
 
 
 def _restart(partition: Partition, site: Site, cluster: Cluster) -> Check:
@@ -167,7 +168,7 @@ def _restart(partition: Partition, site: Site, cluster: Cluster) -> Check:
     if site.restart == "requeue":
         if mode == "CANCEL":
             return Check("warn", "restart", f"{said}: a cancelled job is not requeued", "restart: chain")
-        script = submit.batch_script(_trial(site, bool(partition.gpus)), site)
+        script = job.batch_script(_trial(site, bool(partition.gpus)), site)
         # JobRequeue=0 is a default only: a job submitted with --requeue may be requeued all the same (sbatch(1)).
         if cluster.config.get("JobRequeue") == "0" and "#SBATCH --requeue" not in script.splitlines():
             return Check("warn", "restart", "requeue, but JobRequeue=0 here", "restart: chain")
@@ -232,7 +233,7 @@ def _python(site: Site) -> Check:
     if any(word.startswith("--container") for word in site.srun):
         return Check("warn", "worker", "its Python lives in srun's container, which only a job can try")
     python = site.python or shlex.quote(sys.executable)
-    exports = [f"export {k}={shlex.quote(v)}" for k, v in {**submit.worker_env(site.cpus_per_task), **site.env}.items()]
+    exports = [f"export {k}={shlex.quote(v)}" for k, v in {**job.worker_env(site.cpus_per_task), **site.env}.items()]
     script = "\n".join([*site.setup, *exports, f"{python} -c {shlex.quote(_WORKER)}"])
     # A container or a module may need what only compute nodes have.
     level: Literal["warn", "fail"] = "warn" if site.setup or " " in python else "fail"

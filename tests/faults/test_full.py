@@ -352,3 +352,12 @@ def test_longclip_cancel_is_final(trial: Make) -> None:
     one.wait_state("cancelled")
     until(lambda: not one.slurm("squeue", "-h").strip(), 60, "the chain is gone, too")
     assert len(one.attempts) == 1 and "left alone" in one.submit()
+
+
+def test_too_little_memory_ends_the_run(trial: Make) -> None:
+    """Killed for memory each time: tried again once or twice, then left to a person, who is told what it was."""
+    one = trial({"slurm.mem_gb": 0.35})
+    one.submit()
+    row = one.wait_state("no progress", seconds=240)
+    assert "memory" in row["note"], row
+    until(lambda: not one.slurm("squeue", "-h").strip(), 60, "the job has left")

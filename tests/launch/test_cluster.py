@@ -70,7 +70,7 @@ def test_restart_against_the_facts(config: dict[str, str], restart: str, level: 
 
 def test_requeue_where_only_jobs_that_ask_are_requeued(monkeypatch: pytest.MonkeyPatch) -> None:
     for script, level in (("#!/bin/bash\n#SBATCH --requeue\n", "ok"), ("#!/bin/bash\n", "warn")):
-        monkeypatch.setattr(doctor.submit, "batch_script", lambda plan, site, script=script: script)
+        monkeypatch.setattr(doctor.job, "batch_script", lambda plan, site, script=script: script)
         assert doctor._restart(SPOT, Site(), cluster(JobRequeue="0")).level == level
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from longclip.experiment.load import load
+from longclip.launch.plan import plan
 from longclip.launch.site import Site
-from longclip.launch.submit import plan, submit
+from longclip.launch.submit import submit
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder, read_json, runs_of
 from tests.helpers import add_attempt, end, experiment, finished_run, make_run, save_checkpoint, train

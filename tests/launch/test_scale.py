@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from longclip.launch.plan import plan
 from longclip.launch.site import Site
-from longclip.launch.submit import plan, submit
+from longclip.launch.submit import submit
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import runs_of
 from tests.conftest import Cluster

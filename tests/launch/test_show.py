@@ -14,9 +14,9 @@ from rich.console import Console
 from longclip.errors import UserError
 from longclip.experiment.load import load
 from longclip.launch.diff import Comparison, compare
+from longclip.launch.plan import plan
 from longclip.launch.show import facts, page
 from longclip.launch.site import Site
-from longclip.launch.submit import plan
 from longclip.run.folder import RunFolder, read_json, write_json
 from tests.helpers import add_attempt, end, experiment, make_run, save_checkpoint, save_test, train
 from tests.launch.small import longclip, make_sweep

@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from longclip.errors import UserError
+from longclip.launch.job import batch_script
+from longclip.launch.plan import Plan
 from longclip.launch.resolve import Resolved
 from longclip.launch.site import Site, find_site
-from longclip.launch.submit import Plan, batch_script
 from longclip.run.folder import RunFolder
 from tests.helpers import experiment
 from tests.launch.small import longclip, make_sweep

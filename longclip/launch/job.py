@@ -1,0 +1,234 @@
+"""One run as a job: what is asked of Slurm, the batch script, and its start by Submitit on any executor."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from longclip.errors import SiteError
+from longclip.experiment.schema import Experiment, parse_time
+from longclip.launch import restart, worker
+from longclip.launch.plan import Plan
+from longclip.launch.preflight import excluded
+from longclip.launch.scheduler import have_slurm
+from longclip.launch.site import Site
+from longclip.launch.snapshot import Snapshot, code_hash, place
+from longclip.run.attempts import Attempt
+from longclip.run.folder import RunFolder
+from longclip.run.journal import SAVE_SECONDS, effective, series
+
+
+def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: Path) -> dict[str, Any]:
+    """The job's submitit parameters; ``code`` is the snapshot that it imports."""
+    ask = experiment.slurm
+    cpus = ask.cpus_per_task or site.cpus_per_task
+    parameters: dict[str, Any] = {
+        "job_name": f"{run.sweep}/{run.name}",
+        "nodes": ask.nodes,
+        "ntasks_per_node": ask.ranks_per_node,
+        "time": parse_time(ask.time),
+        "partition": ask.partition or site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "cpus_per_task": cpus,
+        "signal_delay_s": restart.lead(parse_time(ask.time), save_seconds(run)),
+        "stderr_to_stdout": True,
+        # One rank that dies takes the others with it, instead of leaving them in a collective that never ends.
+        "srun_args": ["--kill-on-bad-exit=1", *site.srun],
+        "mail_user": site.mail,
+        "mail_type": "FAIL,END" if site.mail else None,
+        "setup": setup_lines(site, cpus, code),
+        "wckey": None,
+    }
+    if ask.gpus_per_node:
+        typed = f"{site.gpu_type}:" if site.gpu_type else ""
+        if site.gpus == "gres":
+            parameters["gres"] = f"gpu:{typed}{ask.gpus_per_node}"
+        elif site.gpus == "gpus-per-task":
+            parameters["gpus_per_task"] = f"{typed}1"
+        else:
+            parameters["gpus_per_node"] = f"{typed}{ask.gpus_per_node}"
+    memory = ask.mem_gb or site.mem_gb
+    if memory is not None:
+        parameters["mem"] = f"{int(memory * 1024)}M"
+    # --chdir: a package that lies in the folder of submission must not come before the installed one; the batch script
+    # finds the run's marks there, and status finds a job by it whose id nobody could record.
+    again = site.restart == "requeue"
+    parameters["additional_parameters"] = {
+        "chdir": str(run.path.resolve()),
+        "requeue" if again else "no-requeue": True,
+        # What waits for a canary that failed is taken out of the queue, instead of waiting there for ever.
+        "kill-on-invalid-dep": "yes",
+        **site.sbatch,
+    }
+    if nodes := excluded(run.path, time.time()):
+        theirs = [str(site.sbatch["exclude"])] if "exclude" in site.sbatch else []
+        parameters["additional_parameters"]["exclude"] = ",".join([*theirs, *nodes])
+    if again:
+        parameters["setup"] = [*restart.before(), *parameters["setup"]]
+        parameters["teardown"] = restart.after()
+    return {k: v for k, v in parameters.items() if v is not None or k == "wckey"}
+
+
+def save_seconds(run: RunFolder) -> float | None:
+    """The longest that a save of this run has taken, by its journal; None before the first."""
+    if not run.exists():
+        return None
+    return max((seconds for _, seconds in series(effective(run), SAVE_SECONDS)), default=None)
+
+
+def setup_lines(site: Site, cpus: int | None, code: Path) -> list[str]:
+    """Lines of a batch script before its command: the site's, and what makes a job import the snapshot ``code``."""
+    lines = list(site.setup)
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in {**worker_env(cpus), **site.env}.items()]
+    # First, and after all that a module or the site may have put there; PYTHONSAFEPATH keeps the current folder out.
+    lines.append(f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}")
+    if cpus is not None:
+        # Since Slurm 22.05 srun gives a task one CPU, whatever the job has, unless told so.
+        lines.append(f"export SRUN_CPUS_PER_TASK={cpus}")
+    return lines
+
+
+def worker_env(cpus: int | None) -> dict[str, str]:
+    """Environment of every worker: no hub, no stray imports, one thread a CPU."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONSAFEPATH": "1",
+        "OMP_NUM_THREADS": str(cpus or 1),
+    }
+
+
+def batch_script(plan: Plan, site: Site, code: str | None = None) -> str:
+    """The batch script that submit would hand to sbatch, as it is.
+
+    ``code`` is the hash of the code, for who has it already: it takes longer than the script.
+    """
+    logs = plan.run.attempts / "NNNN" / "logs"
+    snapshot = place(plan.run.path.resolve().parent, code or code_hash())
+    executor = _slurm_executor(plan.experiment, plan.run, site, logs, snapshot)
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+    return text
+
+
+def _slurm_executor(
+    experiment: Experiment, run: RunFolder, site: Site, logs: Path, code: Path
+) -> submitit.SlurmExecutor:
+    if have_slurm():
+        executor = submitit.SlurmExecutor(folder=logs.resolve(), python=site.python)
+    else:  # a dry run on a machine without Slurm: only the text is wanted, and the constructor insists on srun
+        executor = submitit.SlurmExecutor.__new__(submitit.SlurmExecutor)
+        submitit.core.core.PicklingExecutor.__init__(executor, folder=logs.resolve())
+        executor.python = site.python or shlex.quote(sys.executable)
+    executor.update_parameters(**slurm_parameters(experiment, run, site, code))
+    return executor
+
+
+def shape(script: str) -> str:
+    """What Slurm judges a batch script by: its ``#SBATCH`` lines, without the run's name and folder."""
+    own = ("--job-name=", "--chdir=", "--output=", "--error=")
+    lines = (line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH "))
+    return "\n".join(line for line in lines if not line.startswith(own))
+
+
+def test_only(script: str) -> str:
+    """``sbatch --test-only``: Slurm's estimate of when and where the job would start.
+
+    Raises:
+        SiteError: Slurm would not take the job; its own words.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        # The run folder may not exist yet.
+        file.write("\n".join(line for line in script.splitlines() if not line.startswith("#SBATCH --chdir")) + "\n")
+        file.flush()
+        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+    words = " ".join(line.removeprefix("sbatch: ").strip() for line in done.stderr.splitlines() if line.strip())
+    if done.returncode != 0:
+        raise SiteError(
+            f"sbatch --test-only: {words.removeprefix('error: ')}", "sinfo shows partitions and their limits"
+        )
+    return words
+
+
+def check_slurm(plans: Sequence[Plan], site: Site) -> None:
+    """Every job of ``plans`` is one that Slurm would take; it is asked once for each distinct :func:`shape`.
+
+    Raises SiteError.
+    """
+    if not have_slurm():
+        raise SiteError(
+            "there is no Slurm on this machine (no sbatch, no srun)", "submit on a login node, or add --on local"
+        )
+    code = code_hash()
+    scripts = (batch_script(plan, site, code) for plan in plans)
+    for script in {shape(script): script for script in scripts}.values():
+        test_only(script)
+
+
+def start(
+    experiment: Experiment,
+    run: RunFolder,
+    attempt: Attempt,
+    site: Site,
+    kind: str,
+    code: Snapshot,
+    after: Sequence[str],
+) -> submitit.Job[Any]:
+    """``after``: what a Slurm job waits for, as ``--dependency`` has it."""
+    arguments = (str(run.path.resolve()), attempt.number)
+    if kind == "slurm":
+        executor = _slurm_executor(experiment, run, site, attempt.logs, code.folder)
+        if after:
+            executor.update_parameters(dependency=",".join(after))
+        return executor.submit(worker.run, *arguments)
+    if kind == "debug":
+        return submitit.DebugExecutor(folder=attempt.logs.resolve()).submit(worker.run, *arguments)
+    local = submitit.LocalExecutor(folder=attempt.logs.resolve(), python=site.python)
+    local.update_parameters(
+        tasks_per_node=experiment.slurm.ranks,
+        gpus_per_node=experiment.slurm.gpus_per_node,
+        timeout_min=60 * 24 * 365,
+        stderr_to_stdout=True,
+    )
+    env = {**worker_env(experiment.slurm.cpus_per_task), **site.env}
+    behind = {**os.environ, **env}.get("PYTHONPATH")
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code.folder), behind)))
+    with _environment(env), _ctrl_c_stays_here():
+        return local.submit(worker.run, *arguments)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """The local executor hands its jobs this process's environment."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def _ctrl_c_stays_here() -> Iterator[None]:
+    """Children started inside ignore Ctrl-C: it ends the watching, not the runs (``longclip cancel`` does)."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
