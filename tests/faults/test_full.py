@@ -128,10 +128,10 @@ def test_a_zombie_that_wakes(trial: Make, undisturbed: Record) -> None:
     one.wait_for(3_000)
     pids = [one.pid(0), one.pid(1)]
     nodes = [str(n) for n in one.attempts[0].started["nodes"]]  # type: ignore[index]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
     for node in nodes:
         _kill_daemons(one, node)
+    for pid in pids:  # not before: the kernel hangs up on stopped processes whose parents die
+        os.kill(pid, signal.SIGSTOP)
     try:
         one.wait_for(6_000, attempt=2)
         for pid in pids:
