@@ -17,6 +17,7 @@ from longclip.errors import SiteError, UserError
 from longclip.launch.snapshot import PACKAGE, code_hash, freeze
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder, read_json, runs_of, write_json
+from longclip.run.verdicts import verdict_of
 from tests.helpers import add_attempt, end, experiment, make_run, train
 from tests.launch.small import environment, longclip, make_sweep, the_run
 
@@ -187,6 +188,7 @@ def test_a_requeue_keeps_its_code_and_train_takes_today_s(tree: Path) -> None:
     # A run folder alone at another place has no snapshot; with its sweep's code it goes on there.
     alone = RunFolder(tree.parent / "elsewhere" / "small" / run.name)
     shutil.copytree(run.path, alone.path)
+    end(attempts_of(alone)[0], "preempted", 0, 0)
     done = worker(alone, snapshot)
     assert done.returncode == 1 and "not there" in done.stderr and "`longclip submit`" in done.stderr
     shutil.copytree(snapshot.parent, alone.path.parent / "code")
@@ -218,8 +220,9 @@ def test_an_import_hook_before_the_snapshot_is_noticed(tree: Path, monkeypatch: 
     said = longclip("submit", sweep, "--runs", runs, *SHORT, cwd=tree.parent, code=1)
     run = the_run(runs, "ctx4")
     (attempt,) = attempts_of(run)
-    assert attempt.started is None and attempt.ended is not None and attempt.ended["verdict"] == "rejected"
-    assert f"imported code {code_of(attempt.path)} from {tree}/longclip" in attempt.ended["message"]
+    verdict = verdict_of(attempt)
+    assert attempt.started is None and verdict is not None and verdict.kind == "rejected"
+    assert f"imported code {code_of(attempt.path)} from {tree}/longclip" in verdict.message
     assert "rejected" in said
     monkeypatch.setenv("PYTHONPATH", str(tree))
     said = longclip("submit", sweep, "--runs", runs, *SHORT, "--dry-run", cwd=tree.parent, code=None)
