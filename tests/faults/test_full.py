@@ -176,7 +176,8 @@ def test_slurmctld_is_away_for_a_while(trial: Make, undisturbed: Record) -> None
     one.stop_daemon("slurmctld")
     try:
         row = one.status()
-        assert row["state"] in ("running", "unknown"), row  # running where accounting still says so
+        # running where accounting still says so; finished if asking in vain took longer than the run
+        assert row["state"] in ("running", "unknown", "finished"), row
         assert "left alone" in one.submit(code=None)
     finally:
         one.start_daemons()
