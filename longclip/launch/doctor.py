@@ -30,6 +30,7 @@ from longclip.launch.disk import disk_of
 from longclip.launch.plan import Plan
 from longclip.launch.resolve import Resolved
 from longclip.launch.site import Site
+from longclip.launch.snapshot import PACKAGE
 from longclip.run.folder import RunFolder
 
 PYTHON_TIMEOUT = 30
@@ -233,8 +234,9 @@ def _python(site: Site) -> Check:
     if any(word.startswith("--container") for word in site.srun):
         return Check("warn", "worker", "its Python lives in srun's container, which only a job can try")
     python = site.python or shlex.quote(sys.executable)
-    exports = [f"export {k}={shlex.quote(v)}" for k, v in {**job.worker_env(site.cpus_per_task), **site.env}.items()]
-    script = "\n".join([*site.setup, *exports, f"{python} -c {shlex.quote(_WORKER)}"])
+    # As in a job, where longclip itself comes from the snapshot of what is here.
+    lines = job.setup_lines(site, site.cpus_per_task, PACKAGE.parent)
+    script = "\n".join([*lines, f"{python} -c {shlex.quote(_WORKER)}"])
     # A container or a module may need what only compute nodes have.
     level: Literal["warn", "fail"] = "warn" if site.setup or " " in python else "fail"
     try:

@@ -101,7 +101,12 @@ def _train(record: RunFolder, number: int) -> str:
     from longclip.train import ranks as processes
 
     ranks = processes.start()
-    verdict = train_attempt(record, number, ranks)
+    try:
+        verdict = train_attempt(record, number, ranks)
+    except (Leave, Superseded):
+        ranks.agree(True)  # all leave together: whose partner is gone aborts when it takes down its group
+        processes.stop()
+        raise
     processes.stop()
     return verdict
 
