@@ -8,10 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 DEV_CLUSTER = Path(__file__).parents[1] / "slurm" / "dev-cluster"
+FAULTS: list[tuple[str, int, int, float]] = []
+"""fault, attempts, samples computed more than once, seconds longer than the undisturbed run"""
 SOMETHING_MISSING = 3
 """The exit code by which dev-cluster says that a cluster cannot be had on this machine."""
 
@@ -99,3 +102,24 @@ def cluster() -> Iterator[Cluster]:
             assert stopped.returncode == 0, stopped.stderr
         else:  # it never came so far as to be a cluster
             directory.rmdir()
+
+
+# ---- the table of tests/faults, which may have run in processes of its own -----------------------------------------
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["faults"] = FAULTS
+
+
+@pytest.hookimpl(optionalhook=True)  # xdist's
+def pytest_testnodedown(node: Any) -> None:
+    FAULTS.extend(getattr(node, "workeroutput", {}).get("faults", ()))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if FAULTS:
+        terminalreporter.section("faults survived")
+        terminalreporter.write_line(f"{'fault':58s} attempts  recomputed  seconds lost")
+        for fault, attempts, again, seconds in FAULTS:
+            terminalreporter.write_line(f"{fault:58s} {attempts:8d}  {again:10,d}  {seconds:12.0f}")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Cluster
-from tests.faults.trial import SETTINGS, TABLE, Record, Trial
+from tests.faults.trial import SETTINGS, Record, Trial
 from tests.launch.small import make_sweep
 
 
@@ -41,11 +41,3 @@ def trial(sweep: Path, cluster: Cluster, undisturbed: Record, tmp_path: Path) ->
     import subprocess
 
     subprocess.run("squeue -h -o %A | xargs -r scancel", shell=True, check=False)
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if TABLE:
-        terminalreporter.section("faults survived")
-        terminalreporter.write_line(f"{'fault':58s} attempts  recomputed  seconds lost")
-        for fault, attempts, again, seconds in TABLE:
-            terminalreporter.write_line(f"{fault:58s} {attempts:8d}  {again:10,d}  {seconds:12.0f}")

@@ -19,7 +19,7 @@ from longclip.run.attempts import Attempt, attempts_of
 from longclip.run.folder import RunFolder
 from longclip.run.journal import effective, read_points
 from longclip.run.verdicts import reached, verdict_of
-from tests.conftest import Cluster, dev_cluster
+from tests.conftest import FAULTS, Cluster, dev_cluster
 from tests.launch.small import environment, longclip, the_run
 
 BATCH, SAMPLES, SAVE_EVERY = 24, 14_400, 2_400
@@ -30,8 +30,6 @@ SETTINGS = {
     "checkpoint.every": f"{SAVE_EVERY} samples",
     "evaluate.every": "4800 samples",
 }
-TABLE: list[tuple[str, int, int, float]] = []
-"""fault, attempts, samples computed more than once, seconds longer than the undisturbed run"""
 
 
 def until(true: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -144,7 +142,7 @@ class Trial:
         record.check(like, exact)
         again = self.recomputed()
         assert all(0 <= lost <= SAVE_EVERY for lost in again), again
-        TABLE.append((fault, len(self.attempts), sum(again), time.monotonic() - self.began - like.seconds))
+        FAULTS.append((fault, len(self.attempts), sum(again), time.monotonic() - self.began - like.seconds))
 
 
 @dataclass
