@@ -3,6 +3,7 @@
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 
 DEV_CLUSTER = Path(__file__).parents[1] / "slurm" / "dev-cluster"
+# A shell that starts the suite in the background has it ignore Ctrl-C, and so would the commands that it tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 FAULTS: list[tuple[str, int, int, float]] = []
 """fault, attempts, samples computed more than once, seconds longer than the undisturbed run"""
 SOMETHING_MISSING = 3
