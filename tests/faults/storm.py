@@ -23,7 +23,7 @@ from tests.faults import trial as trials
 from tests.faults.trial import SAVE_EVERY, SETTINGS, Record, Trial, until
 from tests.launch.small import longclip, make_sweep
 
-LONG = 24 * 6_000
+LONG = 24 * 4_000
 
 
 def kill_rank(one: Trial, rng: random.Random) -> None:
@@ -102,7 +102,7 @@ def storm(cluster: Cluster, root: Path, seed: int, number: int) -> bool:
     pace = like.seconds / number
     while len(done) < number:
         before = len(one.attempts) - 1
-        until(lambda n=before: training(one, n), 300, "training")  # type: ignore[misc]
+        until(lambda n=before: training(one, n), 900, "training")  # type: ignore[misc]
         time.sleep(rng.uniform(0.3, 1.7) * pace)
         state = one.status()["state"]
         if state == "no progress":  # three of them hit between two checkpoints: a person is asked, and goes on
@@ -123,7 +123,7 @@ def storm(cluster: Cluster, root: Path, seed: int, number: int) -> bool:
         done.append(fault.__name__)
         print(f"{len(done):3d} {fault.__name__:12s} at {one.samples():,} samples, attempt {count}", flush=True)
         if fault not in HARMLESS:
-            until(lambda n=count: len(one.attempts) > n or one.status()["state"] == "no progress", 300, "next attempt")  # type: ignore[misc]
+            until(lambda n=count: len(one.attempts) > n or one.status()["state"] == "no progress", 900, "next attempt")  # type: ignore[misc]
     one.wait_state("finished", seconds=1200)
     again = one.recomputed()
     print(f"\n{len(done)} faults, {len(one.attempts)} attempts, {retries} retries by hand, seed {seed}")

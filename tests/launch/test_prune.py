@@ -16,7 +16,7 @@ import pytest
 from longclip.errors import LongclipError
 from longclip.launch.prune import ABANDONED, free, plan
 from longclip.run import checkpoints
-from longclip.run.folder import RunFolder, write_json
+from longclip.run.folder import RunFolder, read_json, write_json
 from tests.helpers import add_attempt, end, experiment, make_run, save_test, train
 from tests.launch.small import longclip
 
@@ -51,6 +51,9 @@ def make(runs: Path, verdict: str | None, window: int = 77) -> RunFolder:
     for step in range(1, 6):
         save(run, step, best=min(step, 2))
     if verdict:
+        # by a process of this machine that is gone; of Slurm's jobs nobody could say that they are
+        here = {"executor": "local", "host": socket.gethostname(), "job": str(2**22 + 1)}
+        write_json(attempt.path / "submitted.json", {**read_json(attempt.path / "submitted.json"), **here})
         end(attempt, verdict, 500, 200)
     return run
 
