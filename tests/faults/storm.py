@@ -50,7 +50,7 @@ def kill_node(one: Trial, rng: random.Random) -> None:
     node = str(rng.choice(one.attempts[-1].started["nodes"]))  # type: ignore[index]
     one.cluster.kill_node(node)
     try:
-        until(lambda: "down" in one.slurm("sinfo", "-h", "-n", node, "-o", "%T"), 90, f"{node} is down")
+        until(lambda: "down" in one.slurm("sinfo", "-h", "-n", node, "-o", "%T"), 180, f"{node} is down")
     finally:
         one.cluster.start_node(node)
 
