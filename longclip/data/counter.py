@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from tokenizers.implementations import BertWordPieceTokenizer
 
 from longclip.errors import SiteError, UserError
 
@@ -28,7 +27,7 @@ class TokenCounter:
 
     Args:
         source: a folder with ``tokenizer.json`` or BERT's ``vocab.txt``, one of these files itself, CLIP's
-            ``bpe_simple_vocab_16e6.txt.gz``, or a hub id.
+            ``bpe_simple_vocab_16e6.txt.gz``, or a hub id (``owner/name``).
 
     Raises:
         UserError: there is no such tokenizer, or its file is not one.
@@ -63,45 +62,61 @@ def _load(source: str) -> Any:
     # Processes work side by side: a thread pool in each would only quarrel over the cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     path = Path(source)
+    if not path.exists():
+        path = _from_hub(source)
     if path.is_dir():
         found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
         if not found:
             raise UserError(
-                f"tokenizer {source}: the folder holds neither tokenizer.json nor vocab.txt",
-                "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) writes tokenizer.json",
+                f"tokenizer {source}: holds neither tokenizer.json nor vocab.txt",
+                "AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER) of transformers writes tokenizer.json",
             )
         path = found[0]
-    if path.is_file():
-        if path.name.endswith(".txt.gz"):
-            return clip_tokenizer(path)
-        return _wordpiece(path) if path.suffix == ".txt" else Tokenizer.from_file(str(path))
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise UserError(f"tokenizer {source}: no such file or folder")
-    return Tokenizer.from_file(_from_hub(source))
+    if path.name.endswith(".txt.gz"):
+        return clip_tokenizer(path)
+    return wordpiece_tokenizer(path) if path.suffix == ".txt" else Tokenizer.from_file(str(path))
 
 
-def _from_hub(name: str) -> str:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+def _from_hub(reference: str) -> Path:
+    """The folder of ``owner/name`` or ``owner/name@revision``, fetched unless it is in the hub's cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    hint = "give a folder that holds tokenizer.json or vocab.txt"
+    name, _, revision = reference.partition("@")
+    nowhere = UserError(
+        f"tokenizer {reference}: no such file or folder, and not on the hub",
+        "give a folder that holds tokenizer.json or vocab.txt, or owner/name",
+    )
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise nowhere
+    files = ["tokenizer.json", "vocab.txt", "tokenizer_config.json"]
     try:
-        return str(hf_hub_download(name, "tokenizer.json"))
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"tokenizer {name}: neither a path nor a repository of the hub", hint) from None
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
+    except (HFValidationError, RepositoryNotFoundError):
+        raise nowhere from None
     except (HfHubHTTPError, OSError) as error:
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, OSError):
-            raise UserError(f"tokenizer {name}: the repository has no tokenizer.json", hint) from None
         raise SiteError(
-            f"tokenizer {name}: no such path, and the hub cannot be asked ({_first_line(error)})", hint
+            f"tokenizer {reference}: no such path, and the hub cannot be reached from here ({type(error).__name__})",
+            "give a folder that holds tokenizer.json or vocab.txt",
         ) from None
 
 
-def _wordpiece(vocabulary: Path) -> Any:
-    """BERT's WordPiece; ``tokenizer_config.json`` beside it says whether letters are lowered (BERT's default)."""
+def wordpiece_tokenizer(vocabulary: Path) -> Tokenizer:
+    """BERT's WordPiece from its ``vocab.txt``, one token a line.
+
+    ``tokenizer_config.json`` beside it says whether letters are lowered; without one they are, BERT's default.
+    """
     config = vocabulary.with_name("tokenizer_config.json")
     lower = json.loads(config.read_text(encoding="utf-8")).get("do_lower_case", True) if config.is_file() else True
-    return BertWordPieceTokenizer(str(vocabulary), lowercase=bool(lower))
+    tokens = vocabulary.read_text(encoding="utf-8").splitlines()
+    ids = {token: i for i, token in enumerate(tokens)}
+    if not {"[CLS]", "[SEP]", "[UNK]"} <= ids.keys():
+        raise UserError(f"tokenizer {vocabulary}: not a WordPiece vocabulary (it lacks [CLS], [SEP] or [UNK])")
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=bool(lower))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
+    return tokenizer
 
 
 def clip_tokenizer(vocabulary: Path) -> Tokenizer:

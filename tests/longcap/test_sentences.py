@@ -52,7 +52,8 @@ def test_boundaries(text: str) -> None:
 def test_no_character_is_lost_or_told_twice(text: str) -> None:
     spans = sentences(text)
     assert "".join("".join(text[a:b].split()) for a, b in spans) == "".join(text.split())
-    assert all(a < b <= c for (a, b), (c, _) in zip(spans, [*spans[1:], (len(text), 0)], strict=True))
+    ends = [place for span in spans for place in span]
+    assert ends == sorted(ends) and all(a < b for a, b in spans)
     assert all(text[a:b] == text[a:b].strip() for a, b in spans)
 
 
@@ -79,7 +80,8 @@ def test_real_articles_are_not_cut_where_a_figure_is_named() -> None:
             parts = split(" ".join("".join(paragraph.itertext()).split()))
             total += len(parts)
             references += sum(part.count("❖ ❖") for part in parts)
-            cut += sum(part.count("❖") % 2 + part.endswith(("Fig.", "e.g.", "i.e.", "vs.")) for part in parts)
+            cut += sum(part.count("❖") % 2 for part in parts)
+            cut += sum(part.endswith(("Fig.", "e.g.", "i.e.", "vs.")) for part in parts[:-1])
     assert (references > 400, total > 5000, cut) == (True, True, 0)
 
 
