@@ -9,7 +9,7 @@ from longclip.longcap.text import text_of
 
 _XLINK = "{http://www.w3.org/1999/xlink}href"
 _DOI = re.compile(r"10\.\d{4,9}/\S+")
-_MONTHS = {m: i for i, m in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _NOT_PUBLICATION = frozenset(("received", "accepted", "rev-recd", "retracted", "corrected", "preprint", "pmc-release"))
 _MAIN_ABSTRACTS = frozenset(
     ("", "abstract", "structured", "structured-abstract", "section", "sections", "full", "main")
@@ -64,21 +64,19 @@ def read_front(front: Any, meta: Any) -> Front:
 
 
 def read_references(back: Any) -> tuple[str, ...]:
-    """One identifier for each cited work that has one, in the order of the list: PubMed's before a DOI, before PMC's."""
+    """One identifier for each cited work that has one, in the order of the list: PubMed's, or a DOI, or PMC's."""
     found = []
     for ref in back.iter("ref") if back is not None else ():
         ids: dict[str, str] = {}
         for e in ref.iter("pub-id", "ext-link"):
             if e.tag == "pub-id":
-                kind, value = e.get("pub-id-type", ""), (e.text or "").strip()
-            else:
-                kind, value = "doi" if "doi.org/" in (e.get(_XLINK) or "") else "", e.get(_XLINK) or ""
-            if kind == "doi":
-                doi = _DOI.search(value)
-                value = doi.group() if doi else ""
-            if value:
-                ids.setdefault("pmc" if kind == "pmcid" else kind, value)
-        found += [f"{kind}:{ids[kind]}" for kind in ("pmid", "doi", "pmc") if kind in ids][:1]
+                ids.setdefault(e.get("pub-id-type", ""), (e.text or "").strip())
+            elif "doi.org/" in (href := e.get(_XLINK) or ""):
+                ids.setdefault("doi", href)
+        if ids:
+            doi = _DOI.search(ids.get("doi", ""))
+            known = {"pmid": ids.get("pmid"), "doi": doi and doi.group(), "pmc": ids.get("pmcid") or ids.get("pmc")}
+            found += [f"{kind}:{value}" for kind, value in known.items() if value][:1]
     return tuple(found)
 
 
@@ -129,7 +127,8 @@ def _date(meta: Any) -> str:
 def _iso(year: str, month: str, day: str) -> str:
     if not re.fullmatch(r"[12]\d{3}", year):
         return ""
-    number = int(month) if month.isdecimal() else _MONTHS.get(month[:3].lower(), 0)
+    name = month[:3].lower()
+    number = int(month) if month.isdecimal() else _MONTHS.index(name) + 1 if name in _MONTHS else 0
     if not 1 <= number <= 12:
         return year
     if not (day.isdecimal() and 1 <= int(day) <= 31):

@@ -39,6 +39,9 @@ _VECTOR = (".svg", ".svgz", ".eps", ".ps", ".pdf", ".ai")
 _SMALL = ("thumb", "small", "icon", "low")
 
 
+How = Literal["xref", "range", "text"]
+
+
 class _Place(NamedTuple):
     """Where an element stands."""
 
@@ -164,7 +167,11 @@ class _Reader:
                 e.clear(keep_tail=True)
         cited = {}
         for xref in self._at["xref"] if targets else ():
-            if (rids := xref.get("rid")) and (means := [i for rid in _split(rids) for i in targets.get(rid, ())]):
+            rids = xref.get("rid") or ""
+            means = targets.get(rids)
+            if means is None and (" " in rids or "," in rids):
+                means = [i for rid in rids.replace(",", " ").split() for i in targets.get(rid, ())]
+            if means:
                 cited[xref] = tuple(dict.fromkeys(means))
         return pictures, labels, cited
 
@@ -186,10 +193,6 @@ class _Reader:
             if place.in_paragraph:
                 p.clear(keep_tail=True)
         return lines[::-1]
-
-
-def _split(rids: str) -> list[str]:
-    return rids.replace(",", " ").split()
 
 
 def _href(element: Any) -> str:
@@ -251,13 +254,9 @@ def _graphics(fig: Any) -> Iterator[str]:
 
 def _line(raw: str, place: _Place, means: list[tuple[int, ...]]) -> _Line:
     text, cuts = "", []
-    for piece in raw.split(_MARK):
-        words = collapse(piece)
-        if piece[:1].isspace() and text and not text.endswith(" "):
-            text += " "
-        text += words
-        if words and piece[-1].isspace():
-            text += " "
+    for piece in collapse(raw).split(_MARK):
+        # White space on both sides of a mark is one space.
+        text += piece[1:] if piece[:1] == " " and (not text or text[-1] == " ") else piece
         cuts.append(len(text))
     text = text.rstrip()
     if len(cuts) != 2 * len(means) + 1:  # the text itself has such characters: it is the mention as a whole
@@ -275,32 +274,26 @@ def _mentions(lines: Sequence[_Line], labels: Labels, figures: int) -> list[list
     """For each figure where it is spoken of, in document order; one place is one mention of it."""
     found: list[list[Mention]] = [[] for _ in range(figures)]
     for n, line in enumerate(lines):
-        spans: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        new: dict[int, list[Mention]] = defaultdict(list)
-
-        def say(
-            figure: int,
-            start: int,
-            end: int,
-            how: Literal["xref", "range", "text"],
-            n: int = n,
-            spans: dict[int, list[tuple[int, int]]] = spans,
-            new: dict[int, list[Mention]] = new,
-        ) -> None:
-            at = bisect_left(spans[figure], (end, end))
-            if how == "xref" or at == 0 or spans[figure][at - 1][1] <= start:
-                spans[figure].insert(at, (start, end))
-                new[figure].append(Mention(n, start, end, how))
-
-        for start, end, means in line.xrefs:
-            for figure in means:
-                say(figure, start, end, "xref")
+        said: list[tuple[int, int, int, How]] = [
+            (start, end, i, "xref") for start, end, means in line.xrefs for i in means
+        ]
         for (start, until, first), (since, end, last) in pairwise(line.xrefs):
             if is_range(line.text[until:since]):
-                for figure in labels.between(first[-1], last[0]):
-                    say(figure, start, end, "range")
-        for named in labels.named(line.text, line.place.sub_article):
-            say(named.figure, named.start, named.end, "range" if named.in_range else "text")
-        for figure, mentions in new.items():
-            found[figure] += sorted(mentions, key=lambda mention: (mention.start, mention.end))
+                said += [(start, end, i, "range") for i in labels.between(first[-1], last[0])]
+        linked = {start: end for start, end, _ in line.xrefs}
+        for start, end, i, in_range in labels.named(line.text, line.place.sub_article, linked):
+            said.append((start, end, i, "range" if in_range else "text"))
+        if said:
+            _add(found, n, said)
     return found
+
+
+def _add(found: list[list[Mention]], paragraph: int, said: list[tuple[int, int, int, How]]) -> None:
+    """Adds what one paragraph says, but for words that only repeat a cross-reference which overlaps them."""
+    spans: dict[int, list[tuple[int, int, How]]] = defaultdict(list)
+    for start, end, figure, how in said:
+        at = bisect_left(spans[figure], (end, end, "xref"))
+        if how == "xref" or at == 0 or spans[figure][at - 1][1] <= start:
+            spans[figure].insert(at, (start, end, how))
+    for figure, places in spans.items():
+        found[figure] += [Mention(paragraph, start, end, how) for start, end, how in places]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ _LETTER = r"\(?[A-Za-z]\)?(?![^\W\d_]|\d)"
 _PANELS = rf"(?P<panel>[A-Za-z](?![^\W\d_])(?:\s?(?:,|and|&|to|[–—−-])\s?{_LETTER}){{0,20}})?"
 _ITEM = re.compile(rf"\s*{_NUMBER}{_SUPPLEMENT}{_PANELS}")
 _BETWEEN = re.compile(r"\s*(?P<by>,\s*(?:and|or|&)|[,;&/]|and|or|to|through|[–—−-])\s*(?P<head>[Ff]ig(?:ure)?s?\.?)?")
+_SINGLE = re.compile(r"[^\d,;&–—−-]*\d+[A-Za-z]?")
 _RANGE = frozenset(("–", "—", "−", "-", "to", "through"))
 _GAP = re.compile(r"\s*(?:–|—|−|-|to|through)\s*")
 
@@ -106,10 +107,11 @@ class Labels:
         for label, scope, members in shared:
             if (key := key_of(label)) is not None:
                 self._by_key.setdefault((scope, key), members)
-        words = {key.head for _, key in self._by_key if key.head != "figure"}
+        heads = {key.head for _, key in self._by_key}
+        words = heads - {"figure"}
         # As written and as begun with a capital: "Scheme 1", "scheme 1".
         self._pattern = _heads(frozenset(form for word in words for form in (word, word.capitalize())))
-        self._marks = ("Fig", "fig", "FIG", *words, *(word.capitalize() for word in words))
+        self._marks = (*(("Fig", "fig", "FIG") if "figure" in heads else ()), *words, *map(str.capitalize, words))
 
     def between(self, first: int, last: int) -> list[int]:
         """The figures numbered from ``first``'s number to ``last``'s, both left out."""
@@ -118,23 +120,35 @@ class Labels:
             return []
         return [i for key in _span(a, b)[1:-1] for i in self._by_key.get((self._scopes[first], key), ())]
 
-    def named(self, text: str, scope: str) -> Iterator[Named]:
-        """Every figure that the words of ``text`` name, by number, in order; offsets in characters."""
-        if not self._by_key or not any(mark in text for mark in self._marks):
+    def named(self, text: str, scope: str, linked: Mapping[int, int]) -> Iterator[Named]:
+        """Every figure that the words of ``text`` name by number; offsets in characters.
+
+        ``linked``: where a cross-reference begins -> where it ends. One that is a single label needs no reading.
+        """
+        for mark in self._marks:
+            at = text.find(mark)
+            while at >= 0:
+                end = linked.get(at)
+                if end is None or not _SINGLE.fullmatch(text, at, end) or _BETWEEN.match(text, end):
+                    head = self._pattern.match(text, at)
+                    if head is not None:
+                        yield from self._named_after(head, text, scope)
+                at = text.find(mark, at + len(mark))
+
+    def _named_after(self, head: re.Match[str], text: str, scope: str) -> Iterator[Named]:
+        before = text[max(0, head.start() - _BEFORE) : head.start()]
+        if _ELSEWHERE_BEFORE.search(before):
             return
-        for head in self._pattern.finditer(text):
-            before = text[max(0, head.start() - _BEFORE) : head.start()]
-            if _ELSEWHERE_BEFORE.search(before):
-                continue
-            qualifier = _QUALIFIER.search(before)
-            start = head.start() if qualifier is None else head.start() - len(before) + qualifier.start()
-            word = head.group().rstrip(".")
-            plural = any(head.groupdict().values())
-            name = _head(word[:-1] if plural and _head(word) != "figure" else word)
-            for found, keys, at, end in self._items(text, head.end(), name, qualifier[1] if qualifier else "", plural):
-                for key in keys:
-                    for i in self._of(scope, key):
-                        yield Named(start if found == 0 else at, end, i, len({k._replace(panel="") for k in keys}) > 1)
+        qualifier = _QUALIFIER.search(before)
+        start = head.start() if qualifier is None else head.start() - len(before) + qualifier.start()
+        word = head.group().rstrip(".")
+        plural = any(head.groupdict().values())
+        name = _head(word[:-1] if plural and _head(word) != "figure" else word)
+        for n, keys, at, end in self._items(text, head.end(), name, qualifier[1] if qualifier else "", plural):
+            in_range = len({key._replace(panel="") for key in keys}) > 1
+            for key in keys:
+                for i in self._of(scope, key):
+                    yield Named(start if n == 0 else at, end, i, in_range)
 
     def _items(
         self, text: str, position: int, head: str, qualifier: str, plural: bool

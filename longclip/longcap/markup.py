@@ -27,6 +27,12 @@ REASONS = (
     "several articles",
 )
 
+_WIDE = (
+    (b"\xff\xfe\0\0", "utf-32"),
+    (b"\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe", "utf-16"),
+    (b"\xfe\xff", "utf-16"),
+)
 _DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?\sencoding\s*=\s*["']([\w.:-]+)["']""")
 _ENTITY = re.compile(rb"&(?!(?:amp|lt|gt|quot|apos);)([A-Za-z_][\w.-]{0,63});")
 _DECLARES = re.compile(rb"<!ENTITY\s+(%?)\s*([^\s%]+)")
@@ -81,7 +87,7 @@ def article_element(data: bytes) -> Any:
 
 def _encoding(data: bytes) -> tuple[bytes, str | None]:
     """(bytes in an encoding that contains ASCII, encoding to assume against what the file declares, or None)."""
-    for mark, wide in ((b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):  # fmt: skip
+    for mark, wide in _WIDE:
         if data.startswith(mark):
             try:
                 return data.decode(wide).encode(), "utf-8"
