@@ -148,6 +148,8 @@ class Context:
     def _take(self, candidates: Iterable[_Candidate], chosen: list[_Candidate], room: int) -> int:
         """Takes what fits and says something new, best first; returns the room that is left, in tokens."""
         for candidate in candidates:
+            if candidate.sentence.text.count(" ") >= room:  # a word is a token at least: not worth counting
+                continue
             if candidate.terms and any(_alike(candidate.terms, other.terms) > SAME for other in chosen):
                 continue
             length = self._length(candidate.sentence.text)
