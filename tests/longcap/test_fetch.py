@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -177,7 +178,7 @@ def test_a_wait_that_the_server_asks_for_holds_back_every_connection(
     bucket.faults["?PMC1."] = [(429, {"Retry-After": formatdate(time.time() + 3, usegmt=True) if date else "2"})]
     get(bucket, tmp_path, *(f"PMC{n}" for n in range(1, 9)), manners=Manners(rate=10, timeout=5, attempts=3))
     times = [r.time for r in bucket.requests]
-    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     # But for those on the wire when it spoke nobody asks on; then all do: more than the four requests left of PMC1.
     assert max(gaps) > 0.8 and len(times) - gaps.index(max(gaps)) - 1 > 8
 

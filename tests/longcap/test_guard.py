@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import random
+import re
+import tarfile
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longclip.longcap.guard import invented
 
+DATA = Path(os.environ.get("LONGCLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SOURCE = (
     "Figure 2. IL-6 levels in CD8+ T cells (n = 12 mice, p < 0.05) after 5 mg/kg of LPS for 24h at 37°C; scale bar, "
     "50 µm. The mice, 10–20 weeks old, were given 1,000 IU. Brown fat was weighed. It fell by −2.5 °C, two-fold (A)."
@@ -76,3 +83,21 @@ def test_any_text_is_judged_and_none_invents_against_itself(text: str, other: st
 @given(st.integers(0, 10**9).map(str), st.sampled_from(["mg", "mm", "%", "h", ""]))
 def test_no_number_passes_that_is_not_there(number: str, unit: str) -> None:
     assert invented(f"about {number} {unit} here", "nothing is counted here, about it") != ()
+
+
+@pytest.mark.skipif(not (DATA / "openstax").is_dir(), reason="no real long texts here")
+def test_on_real_texts_sentences_may_move_and_numbers_may_not() -> None:
+    with tarfile.open(DATA / "openstax" / "val-00000.tar") as tar:
+        read = [file.read().decode() for m in tar if m.name.endswith(".txt") and (file := tar.extractfile(m))]
+    chance, changed = random.Random(0), 0
+    for text in read:
+        sentences = re.split(r"(?<=[.!?])\s+", text)
+        chance.shuffle(sentences)
+        assert invented(" ".join(sentences), text) == ()
+        assert invented(" ".join(sentences[::2]), text) == ()
+        if numbers := list(re.finditer(r"\d+", text)):
+            at = chance.choice(numbers)
+            other = str(int(at[0]) + chance.randint(1000, 9000))
+            assert invented(text[: at.start()] + other + text[at.end() :], text) != ()
+            changed += 1
+    assert (len(read), changed) == (301, 95)
