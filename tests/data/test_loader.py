@@ -15,10 +15,12 @@ from PIL import Image
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
+from longclip.data.decode import square
 from longclip.data.index import index_folder
-from longclip.data.loader import Batch, Reader, _Steps, evaluation_batches, square, training_batches
+from longclip.data.loader import Batch, Reader, _Steps, evaluation_batches, training_batches
 from longclip.data.order import Order
 from longclip.data.shards import Dataset, Sample, open_dataset, write_shard
+from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer, cut, vocabulary_of, waste
 from longclip.model.towers import Pixels
 
@@ -76,7 +78,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reader(root: Path, name: str = "set", window: int = 6, field: str = "txt") -> Reader:
     pixels = Pixels(8, (0.5,) * 3, (0.5,) * 3)
-    return Reader(open_dataset(root / name), Tokenizer(str(root / "tok"), window), pixels, field)
+    return Reader(open_dataset(root / name), Tokenizer(str(root / "tok"), window), pixels, Text(field))
 
 
 def texts_of(batch: Batch) -> list[tuple[int, ...]]:
@@ -120,7 +122,7 @@ def test_ranks_share_one_sequence_of_any_size(sizes: list[int], share: int, seed
     """Two epochs of any index: 1, 2, 3, 4 ranks lay the same batches together, and an epoch is the index once."""
 
     class Places:
-        def batch(self, places: list[tuple[int, int]], crops: object) -> list[tuple[int, int]]:
+        def batch(self, places: list[tuple[int, int]], *_: object) -> list[tuple[int, int]]:
             return places
 
     batch = 12 * share
