@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from longclip.data.shards import IMAGE_FORMATS, MAX_PIXELS
+
 WHOLE = 2**16
 """pixels (width x height) up to which an image is never decoded at reduced size: there is no time to be won"""
 
@@ -29,8 +31,10 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
         ValueError: the bytes are not an image.
     """
     try:
-        with Image.open(io.BytesIO(data)) as opened:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as opened:
             whole = opened.size
+            if whole[0] * whole[1] > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS // 10**6} MPixel")
             box = _box(*whole, crop)
             factor = 1 if crop is None else _factor(opened, box, size)
             if factor > 1:
@@ -45,7 +49,7 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     # The same filter as Pillow's, to a rounding of 1 in 255, five times as fast; but its boxes are of whole pixels.
     left, top, right, bottom = (int(x) // factor for x in _snapped(box, factor, whole))
-    part = torch.from_numpy(np.ascontiguousarray(np.asarray(image)[top:bottom, left:right]))
+    part = torch.from_numpy(np.asarray(image)[top:bottom, left:right].copy())
     resized = interpolate(part.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 

@@ -148,8 +148,7 @@ class Data(Section):
     """Datasets: a name that the site profile knows, or a path (``./``, ``../``, ``/``) to indexed shards."""
 
     train: Annotated[
-        Annotated[str, Tag("plain")]
-        | Annotated[tuple[Source, ...], Field(strict=False, min_length=1, max_length=MOST_SOURCES), Tag("made up")],
+        Annotated[str, Tag("plain")] | Annotated[tuple[Source, ...], Field(strict=False), Tag("made up")],
         Discriminator(_plain),
     ]
     """one dataset, or a list of several with weights"""
@@ -167,6 +166,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Data:
+        if not 1 <= len(self.sources) <= MOST_SOURCES:
+            raise bad("train", f"names {len(self.sources)} datasets; valid are 1 to {MOST_SOURCES}")
         names = [source.name for source in self.sources]
         whole = sum(source.weight for source in self.sources)
         for i, source in enumerate(self.sources):
