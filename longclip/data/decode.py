@@ -49,9 +49,9 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
         return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     # The same filter as Pillow's, to a rounding of 1 in 255, five times as fast; but its boxes are of whole pixels.
     left, top, right, bottom = (int(x) // factor for x in _snapped(box, factor, whole))
-    part = torch.from_numpy(np.asarray(image)[top:bottom, left:right].copy())
-    resized = interpolate(part.permute(2, 0, 1)[None], (size, size), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
+    part = torch.from_numpy(np.asarray(image)[None, top:bottom, left:right].copy())
+    resized = interpolate(part.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)
+    return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
 def _box(width: int, height: int, crop: tuple[float, ...] | None) -> tuple[float, float, float, float]:
