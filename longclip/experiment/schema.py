@@ -8,9 +8,11 @@ changed while a run is under way, and the run continues.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 IDENTITY = ("model", "data", "train")
@@ -108,14 +110,108 @@ class Model(Section):
         return self
 
 
+LEAST_SHARE = 1e-4
+"""of the pairs that a source may be given; the schedule of sources counts in steps of this (data/order.py)"""
+MOST_SOURCES = 16
+"""a process keeps a few dozen shards open for each, of some thousand files that the system lets it open"""
+
+
+class Source(Section):
+    """One of several training datasets. Of the pairs seen it gives ``weight`` over the sum of the weights."""
+
+    name: str
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+class Mix(Section):
+    """Two texts for an image: ``long`` with probability ``p_long``, else ``short``, drawn for each sample and epoch.
+
+    Validation and test see ``long``.
+    """
+
+    short: str
+    long: str
+    p_long: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _templates(self) -> Mix:
+        for key in ("short", "long"):
+            _check_template(key, getattr(self, key))
+        return self
+
+
+def _plain(value: Any) -> str:
+    return "plain" if isinstance(value, str) else "made up"
+
+
 class Data(Section):
     """Datasets: a name that the site profile knows, or a path (``./``, ``../``, ``/``) to indexed shards."""
 
-    train: str
+    train: Annotated[
+        Annotated[str, Tag("plain")] | Annotated[tuple[Source, ...], Field(strict=False), Tag("made up")],
+        Discriminator(_plain),
+    ]
+    """one dataset, or a list of several with weights"""
     val: str
     test: str | None = None
-    text: Annotated[str, Field(min_length=1)] = "txt"
-    """``txt`` for the sample's text member, else the name of a field of its JSON member"""
+    text: Annotated[Annotated[str, Tag("plain")] | Annotated[Mix, Tag("made up")], Discriminator(_plain)] = "txt"
+    """``txt`` for the sample's text member, or the name of a field of its JSON member; or a template over such names,
+    ``"{txt} {image_context}"``; or a mix of two of these"""
+    shuffle_sentences: bool = False
+    """a text's sentences in an order drawn for each sample and epoch; not in validation and test"""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (Source(name=self.train),) if isinstance(self.train, str) else self.train
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if not 1 <= len(self.sources) <= MOST_SOURCES:
+            raise bad("train", f"names {len(self.sources)} datasets; valid are 1 to {MOST_SOURCES}")
+        names = [source.name for source in self.sources]
+        whole = sum(source.weight for source in self.sources)
+        for i, source in enumerate(self.sources):
+            if source.name in names[:i]:
+                raise bad(
+                    f"train.{i}.name", f"{source.name!r} is given twice; give it once, with the sum of the weights"
+                )
+            if source.weight / whole < LEAST_SHARE:
+                raise bad(
+                    f"train.{i}.weight",
+                    f"is {source.weight:g} of {whole:g}; below {LEAST_SHARE:g} of the sum is too little",
+                )
+        if isinstance(self.text, str):
+            _check_template("text", self.text)
+        return self
+
+
+@lru_cache
+def template(text: str) -> tuple[tuple[str, str], ...]:
+    """Literals, each with the name of the field that follows it (empty after the last).
+
+    ``"{txt} See: {a}."`` -> ``(("", "txt"), (" See: ", "a"), (".", ""))``; a text without braces is one name. ``{{``
+    stands for a brace, as in Python. Raises ValueError saying what is wrong.
+    """
+    if "{" not in text and "}" not in text:
+        pieces = [("", text)]
+    else:
+        pieces = []
+        for literal, name, form, conversion in Formatter().parse(text):
+            if form or conversion or name == "":
+                raise ValueError("between braces stands the name of a field and nothing else")
+            pieces.append((literal, name or ""))
+    if not any(name for _, name in pieces):
+        raise ValueError("names no field")
+    return tuple(pieces)
+
+
+def _check_template(key: str, text: str) -> None:
+    try:
+        template(text)
+    except ValueError as error:
+        raise bad(
+            key, f"is {text!r}: {error}; valid is a field's name, or a template such as '{{txt}} {{title}}'"
+        ) from None
 
 
 class Train(Section):
@@ -158,6 +254,8 @@ class Engine(Section):
     """processes that decode images, per rank"""
     hang_minutes: Annotated[float, Field(gt=0)] = 10
     """silence of all ranks after which the run counts as hung; longer where its own steps or saves take longer"""
+    bad_limit: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """share of an attempt's samples that may be unusable; above it the run stops"""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """passed to DeepSpeed as it is; keys that this file decides elsewhere are refused"""
 

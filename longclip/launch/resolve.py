@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from longclip.data.shards import Dataset, open_dataset
+from longclip.data.text import Text, render
 from longclip.data.tokens import vocabulary_of
 from longclip.errors import LongclipError, SiteError, UserError
-from longclip.experiment.identity import hash_folder, references
+from longclip.experiment.identity import hash_folder, references, train_sources
 from longclip.experiment.schema import Experiment
 from longclip.launch.site import Site
 
@@ -36,6 +37,7 @@ class Resolved:
 def resolve(experiment: Experiment, site: Site) -> Resolved:
     """Finds every reference. What cannot be found is a problem, and pinned by name so that a dry run can go on."""
     found = Resolved()
+    sizes: dict[str, int] = {}
     wanted = references(experiment)
     if experiment.data.test is not None:
         wanted["data.test"] = experiment.data.test
@@ -44,10 +46,9 @@ def resolve(experiment: Experiment, site: Site) -> Resolved:
             if key.startswith("data."):
                 folder = site.dataset(reference)
                 dataset = open_dataset(folder)
-                _check_text(dataset, experiment, key)
+                _check_text(dataset, Text.of(experiment.data))
                 found.pins[key] = dataset.hash
-                if key == "data.train":
-                    found.samples = _samples(experiment, len(dataset))
+                sizes[key] = len(dataset)
             else:
                 folder = _tower(reference, site)
                 found.pins[key] = hash_folder(folder)
@@ -57,6 +58,9 @@ def resolve(experiment: Experiment, site: Site) -> Resolved:
             found.problems.append(error)
             found.pins[key] = f"unresolved:{reference}"
     try:
+        train = train_sources(experiment)
+        if all(key in sizes for key in train):
+            found.samples = _samples(experiment, sum(sizes[key] for key in train))
         _check_towers(experiment, found.paths)
     except LongclipError as error:
         found.problems.append(error)
@@ -67,24 +71,30 @@ def _samples(experiment: Experiment, dataset: int) -> int:
     batch = experiment.train.global_batch
     asked = experiment.train.samples or int(dataset * (experiment.train.epochs or 0))
     if asked < batch:
-        raise UserError(f"train: {asked} samples are not one global batch of {batch}")
+        raise UserError(f"data.train: train: {asked} samples are not one global batch of {batch}")
     return asked // batch * batch
 
 
-def _check_text(dataset: Dataset, experiment: Experiment, key: str) -> None:
-    """The first sample has the text that the experiment wants: a misnamed field shows before the queue, not after."""
-    name = experiment.data.text
+LOOKED_AT = 100
+"""samples among which every field that a template names must occur"""
+
+
+def _check_text(dataset: Dataset, text: Text) -> None:
+    """Some of the first samples have the text that is wanted: a misnamed field shows before the queue, not after."""
     shard = next(i for i, size in enumerate(dataset.sizes) if size)
+    count = min(LOOKED_AT, dataset.sizes[shard])
     try:
-        sample, text, fields = dataset.fields_and_text(shard, 0)
+        first = [dataset.fields_and_text(shard, index) for index in range(count)]
     except OSError as error:
         raise SiteError(f"{dataset.folder}: cannot be read: {error}", f"longclip data index {dataset.folder}") from None
-    value = text if name == "txt" else fields.get(name)
-    if not isinstance(value, str) or not value.strip():
-        strings = ", ".join(sorted(k for k, v in fields.items() if isinstance(v, str)))
+    samples = [{**fields, "txt": txt} for _, txt, fields in first]
+    missing = [name for name in text.names if not any(name in sample for sample in samples)]
+    missing += [t for t in text.texts if not any(render(t, sample).strip() for sample in samples)]
+    if missing:
+        known = ", ".join(sorted({k for s in samples for k, v in s.items() if isinstance(v, (str, list, dict)) and v}))
         raise UserError(
-            f"sample {sample} of {dataset.folder} has no text {name!r} (data.text)",
-            f"data.text: txt, or one of {strings}",
+            f"{dataset.folder} has no text {missing[0]!r} (data.text) in its first {count} samples",
+            f"data.text: one of {known}, or a template over them",
         )
 
 

@@ -11,12 +11,15 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from longclip.data.loader import Reader, training_batches
 from longclip.data.order import Order
 from longclip.data.shards import Dataset
+from longclip.data.sources import Sources
+from longclip.data.text import render
 from longclip.evaluate.retrieval import evaluate
 from longclip.run.folder import write_json
 from longclip.train import checkpoint
@@ -46,6 +49,7 @@ def canary(job: Job, ranks: Ranks) -> None:
     experiment = job.experiment
     recipe = experiment.train
     engine, reader, val = prepare(job, ranks)
+    reader = replace(reader, text=replace(reader.text, p_long=1.0))
     order = _Longest(reader.dataset, longest(job, reader, ranks))
     total_steps = steps_of(experiment, len(reader.dataset))
     workers = experiment.engine.loader_workers
@@ -104,7 +108,7 @@ def longest(job: Job, reader: Reader, ranks: Ranks) -> list[tuple[int, int]]:
             index = position - (int(ends[shard - 1]) if shard else 0)
             _, text, fields = dataset.fields_and_text(shard, index)
             places.append((shard, index))
-            texts.append(str(text if reader.field == "txt" else fields.get(reader.field) or ""))
+            texts.append(render(reader.text.long, {**fields, "txt": text}))
         _, lengths = reader.tokenizer(texts)
         found += [(length, *place) for length, place in zip(lengths, places, strict=True)]
         job.beat(0)
@@ -115,7 +119,7 @@ def longest(job: Job, reader: Reader, ranks: Ranks) -> list[tuple[int, int]]:
 class _Longest(Order):
     """The same ``places`` over and over, in place of an order over the whole dataset."""
 
-    def __init__(self, dataset: Dataset, places: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, dataset: Dataset | Sources, places: Sequence[tuple[int, int]]) -> None:
         super().__init__(dataset.sizes, 0)
         self.places = places
 

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 
 from longclip.data.loader import Batch, Reader, training_batches
-from longclip.data.order import Order, key
+from longclip.data.order import Mixture, key
 from longclip.data.shards import Dataset, open_dataset
+from longclip.data.sources import Sources
+from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer
 from longclip.errors import LongclipError, UserError
 from longclip.evaluate.retrieval import ceiling, evaluate
+from longclip.experiment.identity import train_sources
 from longclip.experiment.schema import Experiment, Model, parse_interval
 from longclip.model.clip import DualEncoder, build
 from longclip.model.towers import pixels_of
@@ -44,8 +47,16 @@ METER_STEPS = 10
 FLUSH_SECONDS = 2.0
 
 
+BAD_ALLOWED = 10
+"""Unusable samples that an attempt may meet whatever their share: of a few hundred samples a share says nothing"""
+
+
 class Diverged(LongclipError):
     """The loss or its gradient is no longer a number."""
+
+
+class TooManyBad(UserError):
+    """More samples cannot be used than ``engine.bad_limit`` allows."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     recipe = experiment.train
     engine, reader, val = prepare(job, ranks)
     train_set = reader.dataset
+    assert isinstance(train_set, Sources)
     batch = recipe.global_batch
     total_steps = steps_of(experiment, len(train_set))
     state: dict[str, Any] = {"step": 0, "samples": 0, "best": None}
@@ -108,13 +120,14 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         print(_opening(job, ranks, state, total_steps, len(train_set)), flush=True)
     evaluate_every = interval_samples(experiment.evaluate.every, len(train_set), batch)
     save_every, save_seconds = _save_interval(experiment, len(train_set))
-    evaluated = saved = state["samples"]
+    begun_at = evaluated = saved = state["samples"]
+    bad_samples = 0
     saved_at = flushed_at = time.monotonic()
     meters = Meters()
     batches = _waiting(
         training_batches(
             reader,
-            Order(train_set.sizes, recipe.seed),
+            order_of(experiment, train_set),
             recipe.crop_scale,
             batch,
             range(state["step"], total_steps),
@@ -194,6 +207,17 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
                 f"loss {mean_loss}, gradient norm {grad_norm} after {state['samples']:,} samples (step {state['step']})"
             )
 
+        bad_samples += int(bad)
+        seen, limit = state["samples"] - begun_at, experiment.engine.bad_limit
+        if bad_samples > BAD_ALLOWED + limit * seen:
+            if journal:
+                journal.flush()
+            example = next(name for names in ranks.gather(part.bad) for name in names)
+            raise TooManyBad(
+                f"{bad_samples:,} of {seen:,} samples cannot be used, engine.bad_limit is {limit:g}; such as {example}",
+                f"all are named in {job.attempt.path}/bad-samples-*.jsonl",
+            )
+
         improved = False
         if _crossed(evaluated, state["samples"], evaluate_every) or last:
             scores = evaluate(engine, engine.module, val, experiment.evaluate.batch, ranks, alive)
@@ -231,17 +255,23 @@ def prepare(job: Job, ranks: Ranks) -> tuple[Any, Reader, Reader]:
     """
     experiment = job.experiment
     spec = localized(experiment.model, job.paths)
-    train_set, val_set = (open_pinned(job, name) for name in ("data.train", "data.val"))
+    train_set = Sources(tuple(open_pinned(job, name) for name in train_sources(experiment)))
+    val_set = open_pinned(job, "data.val")
     tokenizer = Tokenizer(job.paths.get("model.text.tokenizer") or str(spec.text.tower), spec.context_length)
     model = build(spec, experiment.train.seed, experiment.engine.activation_checkpointing)
     check_fit(model, tokenizer, experiment)
-    train, val = (Reader(d, tokenizer, pixels_of(spec.image), experiment.data.text) for d in (train_set, val_set))
-    return engines.start(model, experiment, ranks), train, val
+    train = Reader(train_set, tokenizer, pixels_of(spec.image), Text.of(experiment.data))
+    return engines.start(model, experiment, ranks), train, replace(train, dataset=val_set)
+
+
+def order_of(experiment: Experiment, dataset: Sources) -> Mixture:
+    weights = [source.weight for source in experiment.data.sources]
+    return Mixture([part.sizes for part in dataset.parts], experiment.train.seed, weights)
 
 
 def take_step(engine: Any, part: Batch, ranks: Ranks) -> tuple[float, float, float]:
     """One optimizer step on this rank's ``part``: its loss, the scale of the logits, the gradient norm. Collective."""
-    image_bd, text_bd, scale = engine(part.pixels.to(ranks.device), part.text.to(ranks.device))
+    image_bd, text_bd, scale = engine(part.images(ranks.device), part.text.to(ranks.device))
     loss = contrastive_loss(image_bd, text_bd, scale, ranks, part.valid.to(ranks.device))
     engine.backward(loss)
     grad_norm = engines.step(engine)
