@@ -435,7 +435,9 @@ def tokens(
         str, typer.Option("--tokenizer", help="A folder, tokenizer.json, vocab.txt, CLIP's bpe_*.txt.gz, or a hub id.")
     ],
     windows: Annotated[list[int], typer.Option("--windows", min=1, help="In tokens.")] = [77, 154, 256, 512],  # noqa: B006
-    text: Annotated[str, typer.Option("--text", metavar="FIELD", help="txt, or a field of the json member.")] = "txt",
+    text: Annotated[
+        str, typer.Option("--text", metavar="FIELD", help="txt, a json field, or a template over these.")
+    ] = "txt",
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 1,
     dest: Annotated[Path | None, typer.Option("--out", help="Folder for waste.csv, lengths.csv, tokens.png.")] = None,
     as_json: Json = False,

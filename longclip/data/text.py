@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from longclip.data.order import Draw
+from longclip.data.sentences import sentences
 from longclip.experiment.schema import Data, template
-
-_ABBREVIATIONS = r"(?:figs?|eqs?|refs?|tabs?|nos?|vs|cf|e\.g|i\.e|ca|approx|resp|al|dr|prof|mr|mrs|st|sp|spp|[a-z])\."
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9])")
-_NO_END = re.compile(rf"(?:^|[\s(\[]){_ABBREVIATIONS}$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Text:
         if not text.strip():
             raise ValueError(f"no text in {chosen}")
         if self.shuffle and draw is not None:
-            parts = sentences(text)
+            parts = [text[start:end] for start, end in sentences(text)]
             text = " ".join(parts[i] for i in draw.permutation(len(parts), "sentences").tolist())
         return text
 
@@ -79,14 +75,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, dict)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _strings(part)
-
-
-def sentences(text: str) -> list[str]:
-    """Cut where a sentence seems to end; joined by spaces they are the text, but for its white space."""
-    parts: list[str] = []
-    start = 0
-    for end in _SENTENCE_END.finditer(text):
-        if not _NO_END.search(text[start : end.start()]):
-            parts.append(text[start : end.end()].strip())
-            start = end.end()
-    return [part for part in (*parts, text[start:].strip()) if part]

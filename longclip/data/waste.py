@@ -15,6 +15,7 @@ from typing import Any
 
 from longclip.data.counter import TokenCounter
 from longclip.data.shards import Dataset, open_dataset
+from longclip.data.text import render
 from longclip.errors import SiteError, UserError
 
 CHUNK = 2000
@@ -112,7 +113,7 @@ def measure(
         shards: what :func:`open_dataset` takes: indexed folders, or ``FOLDER/GLOB.tar``. A shard named twice counts
             once.
         tokenizer: what :class:`TokenCounter` takes.
-        text: ``txt``, or a field of the json member.
+        text: ``txt``, a field of the json member, or a template over these.
         workers: processes.
         progress: called with the samples done and the samples there are.
 
@@ -180,8 +181,8 @@ def _count(unit: _Unit) -> _Result:
         except OSError as error:
             where = f"{datasets[d].root / datasets[d].names[shard]}: {error.strerror or error}"
             raise SiteError(where, f"longclip data index {datasets[d].root} (again)") from None
-        text = txt if name == "txt" else fields.get(name)
-        if isinstance(text, str) and text.strip():
+        text = render(name, {**fields, "txt": txt})
+        if text.strip():
             texts.append(text)
     without = Counter({datasets[d].names[shard]: stop - start - len(texts)})
     return stop - start, Counter(counter.many(texts)), +without

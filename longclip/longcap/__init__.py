@@ -7,7 +7,6 @@
     article.py   what an article says: the form between reading and writing
     jats.py      JATS XML -> Article
     images.py    a figure's files -> one JPEG
-    sentences.py text -> sentences, and the abbreviations that an article defines
     context.py   Article, figure -> a long description within a token budget, every sentence with its source
     enrich.py    finished shards with their descriptions rewritten by a language model
     guard.py     whether a rewrite says what its source does not

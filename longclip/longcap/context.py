@@ -30,8 +30,8 @@ from functools import cached_property
 from itertools import repeat
 from operator import itemgetter
 
+from longclip.data.sentences import abbreviations, sentences
 from longclip.longcap.article import Article, Figure
-from longclip.longcap.sentences import abbreviations, sentences
 
 SAME = 0.7
 """Jaccard similarity of two sentences' terms above which the second is left out"""

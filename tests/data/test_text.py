@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from longclip.data.order import Draw
-from longclip.data.text import Text, render, sentences
+from longclip.data.sentences import sentences
+from longclip.data.text import Text, render
 from longclip.experiment.schema import Data, template
 
 FIELDS = {
@@ -88,28 +86,15 @@ PARAGRAPH = (
 )
 
 
-def test_sentences_end_where_they_seem_to() -> None:
-    assert sentences(PARAGRAPH) == [
-        "Lesions (Fig. 2 and Figs. 3-4) were seen, e.g. Those of Smith et al. Reported before.",
-        "A 3.5 mm nodule grew!",
-        "Did E. coli matter?",
-        '"It did."',
-        "(See the text.)",
-        "[CT] was vs. MRI.",
-    ]
-    assert sentences("") == [] and sentences("one") == ["one"]
-
-
-@given(st.text(alphabet='aB1.!? )("\n', max_size=80))
-def test_sentences_lose_nothing(text: str) -> None:
-    assert re.sub(r"\s", "", "".join(sentences(text))) == re.sub(r"\s", "", text)
+def cut(text: str) -> list[str]:
+    return [text[start:end] for start, end in sentences(text)]
 
 
 def test_shuffled_sentences() -> None:
     """All of them, in another order each epoch, the same each time it is asked; in evaluation as written."""
     text = Text("txt", shuffle=True)
     orders = [text(PARAGRAPH, {}, draw) for epoch in range(30) for draw in draws(1, epoch)]
-    assert {tuple(sorted(sentences(order))) for order in orders} == {tuple(sorted(sentences(PARAGRAPH)))}
+    assert {tuple(sorted(cut(order))) for order in orders} == {tuple(sorted(cut(PARAGRAPH)))}
     assert len(set(orders)) > 25
     assert orders == [text(PARAGRAPH, {}, draw) for epoch in range(30) for draw in draws(1, epoch)]
     assert text(PARAGRAPH, {}) == PARAGRAPH

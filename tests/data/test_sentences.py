@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longclip.longcap.sentences import abbreviations, sentences
+from longclip.data.sentences import abbreviations, sentences
 
 PLOS = Path(os.environ.get("LONGCLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "jats" / "plos"
 
