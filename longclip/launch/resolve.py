@@ -14,7 +14,8 @@ from typing import Any
 from longclip.data.shards import Dataset, open_dataset
 from longclip.data.tokens import vocabulary_of
 from longclip.errors import LongclipError, SiteError, UserError
-from longclip.experiment.identity import hash_folder, references
+from longclip.experiment import kinds
+from longclip.experiment.identity import OPEN_CLIP, hash_folder, references
 from longclip.experiment.schema import Experiment
 from longclip.launch.site import Site
 
@@ -92,7 +93,7 @@ def _tower(reference: str, site: Site) -> Path:
     """The folder of a tower or tokenizer; hub ids (``owner/name``, ``owner/name@revision``) are fetched."""
     if Path(reference).is_absolute():
         folder = Path(reference)
-        if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        if not any((folder / file).is_file() for file in ("config.json", "tokenizer_config.json", OPEN_CLIP)):
             raise UserError(f"{reference}: no tower or tokenizer here (no config.json, no tokenizer_config.json)")
         return folder
     from huggingface_hub import snapshot_download
@@ -119,32 +120,36 @@ def _tower(reference: str, site: Site) -> Path:
         ) from None
 
 
-def _tower_config(folder: Path, key: str, known: tuple[str, ...]) -> dict[str, Any]:
+def _tower_config(folder: Path, key: str, side: str) -> dict[str, Any]:
     """The config of a tower in a folder. Raises UserError where there is none, or of another kind of model."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {folder}/config.json cannot be read: {error}") from None
+    known = kinds.known(side)
     if config.get("model_type") not in known:
         raise UserError(f"{key}: {folder} is a {config.get('model_type')!r} model; known here: {', '.join(known)}")
-    return config
+    return kinds.part(config, side)
 
 
 def _check_towers(experiment: Experiment, paths: dict[str, str]) -> None:
     """The towers are of a known kind; window and vocabulary fit the text tower, as far as its config says."""
+    image, text = experiment.model.image, experiment.model.text
     if folder := paths.get("model.image.tower"):
-        _tower_config(Path(folder), "model.image.tower", ("clip_vision_model", "clip", "vit"))
-    text = experiment.model.text
+        kind = "clip_vision_model"
+        if not (Path(folder) / OPEN_CLIP).is_file() or (Path(folder) / "config.json").is_file():
+            kind = _tower_config(Path(folder), "model.image.tower", "image")["model_type"]
+        if why := kinds.image_pool(kind, image.pool):
+            raise UserError(f"model.image.pool: {why}")
     config = text.config
     if config is None and (folder := paths.get("model.text.tower")):
-        config = _tower_config(Path(folder), "model.text.tower", ("modernbert", "bert"))
+        config = _tower_config(Path(folder), "model.text.tower", "text")
+        if why := kinds.text_pool(config["model_type"], text.pool):
+            raise UserError(f"model.text.pool: {why}")
+        if why := kinds.too_short(config, experiment.model.context_length, text.positions, text.keep):
+            raise UserError(f"model.context_length: {why}")
     if config is None:
         return
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and experiment.model.context_length > positions:
-        raise UserError(
-            f"model.context_length: {experiment.model.context_length} is above {text.tower}'s {positions} positions"
-        )
     tokenizer = paths.get("model.text.tokenizer") or paths.get("model.text.tower")
     tokens = vocabulary_of(Path(tokenizer)) if tokenizer else None
     size = config.get("vocab_size")

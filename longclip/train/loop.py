@@ -233,7 +233,8 @@ def prepare(job: Job, ranks: Ranks) -> tuple[Any, Reader, Reader]:
     spec = localized(experiment.model, job.paths)
     train_set, val_set = (open_pinned(job, name) for name in ("data.train", "data.val"))
     tokenizer = Tokenizer(job.paths.get("model.text.tokenizer") or str(spec.text.tower), spec.context_length)
-    model = build(spec, experiment.train.seed, experiment.engine.activation_checkpointing)
+    padded = experiment.engine.text == "padded"
+    model = build(spec, experiment.train.seed, experiment.engine.activation_checkpointing, padded)
     check_fit(model, tokenizer, experiment)
     train, val = (Reader(d, tokenizer, pixels_of(spec.image), experiment.data.text) for d in (train_set, val_set))
     return engines.start(model, experiment, ranks), train, val
@@ -296,16 +297,11 @@ def open_pinned(job: Job, key: str) -> Dataset:
 
 
 def check_fit(model: DualEncoder, tokenizer: Tokenizer, experiment: Experiment) -> None:
-    """Raises UserError where tokenizer, tower and window do not go together."""
+    """Raises UserError where tokenizer and tower do not go together. (That the window fits, ``build`` has seen to.)"""
     config = model.text.trunk.config
     if tokenizer.vocabulary > config.vocab_size:
         raise UserError(
             f"model.text: the tokenizer has {tokenizer.vocabulary} tokens, the tower's vocabulary {config.vocab_size}"
-        )
-    if experiment.model.context_length > config.max_position_embeddings:
-        raise UserError(
-            f"model.context_length: {experiment.model.context_length} is above the text tower's "
-            f"{config.max_position_embeddings} positions"
         )
 
 
