@@ -23,6 +23,7 @@ REFERENCES = (
     "model.image.tower",
     "model.text.tower",
     "model.text.tokenizer",
+    "model.init.from",
 )
 """Fields that refer to content elsewhere; identity holds the hash of that content instead."""
 

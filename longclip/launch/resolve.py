@@ -7,6 +7,7 @@ files, so that a worker on a node without internet loads what was meant, or noth
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from longclip.experiment import kinds
 from longclip.experiment.identity import OPEN_CLIP, hash_folder, references
 from longclip.experiment.schema import Experiment
 from longclip.launch.site import Site
+from longclip.run import lineage
+from longclip.run.folder import RunFolder
 
 _FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin"]
 
@@ -32,10 +35,15 @@ class Resolved:
     """why this could not be submitted; a dry run shows them and goes on"""
     samples: int | None = None
     """pairs that the whole run will see"""
+    parent: RunFolder | None = None
+    """the run whose end gives this one its first weights"""
 
 
-def resolve(experiment: Experiment, site: Site) -> Resolved:
-    """Finds every reference. What cannot be found is a problem, and pinned by name so that a dry run can go on."""
+def resolve(experiment: Experiment, site: Site, beside: Sequence[tuple[RunFolder, Mapping[str, Any]]] = ()) -> Resolved:
+    """Finds every reference. What cannot be found is a problem, and pinned by name so that a dry run can go on.
+
+    ``beside``: runs that are submitted together with this one, and their identities; it may begin from one of them.
+    """
     found = Resolved()
     wanted = references(experiment)
     if experiment.data.test is not None:
@@ -49,6 +57,8 @@ def resolve(experiment: Experiment, site: Site) -> Resolved:
                 found.pins[key] = dataset.hash
                 if key == "data.train":
                     found.samples = _samples(experiment, len(dataset))
+            elif key == lineage.KEY:
+                folder, found.pins[key], found.parent = _origin(reference, site, beside)
             else:
                 folder = _tower(reference, site)
                 found.pins[key] = hash_folder(folder)
@@ -89,6 +99,23 @@ def _check_text(dataset: Dataset, experiment: Experiment, key: str) -> None:
         )
 
 
+def _origin(
+    reference: str, site: Site, beside: Sequence[tuple[RunFolder, Mapping[str, Any]]]
+) -> tuple[Path, str, RunFolder | None]:
+    """Where a run's first weights lie or will lie, their pin, and the run that they are of, if it is one."""
+    name = lineage.run_name(reference)
+    if name is not None:
+        run, identity = lineage.find(name, site.runs, beside)
+        return run.path, lineage.pin_of_run(identity, reference), run
+    if not Path(reference).is_absolute():
+        folder = _fetched(reference, site)
+    elif (run := RunFolder(Path(lineage.without_best(reference)))).exists():
+        return run.path, lineage.pin_of_run(run.identity(), reference), run
+    else:
+        folder = Path(reference)
+    return folder, lineage.hash_of_weights(folder), None
+
+
 def _tower(reference: str, site: Site) -> Path:
     """The folder of a tower or tokenizer; hub ids (``owner/name``, ``owner/name@revision``) are fetched."""
     if Path(reference).is_absolute():
@@ -96,6 +123,11 @@ def _tower(reference: str, site: Site) -> Path:
         if not any((folder / file).is_file() for file in ("config.json", "tokenizer_config.json", OPEN_CLIP)):
             raise UserError(f"{reference}: no tower or tokenizer here (no config.json, no tokenizer_config.json)")
         return folder
+    return _fetched(reference, site)
+
+
+def _fetched(reference: str, site: Site) -> Path:
+    """The files of a hub id, on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ from longclip.evaluate.retrieval import ceiling, evaluate
 from longclip.experiment.schema import Experiment, Model, parse_interval
 from longclip.model.clip import DualEncoder, build
 from longclip.model.towers import pixels_of
-from longclip.run import checkpoints
+from longclip.run import checkpoints, lineage
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt
 from longclip.run.folder import RunFolder, write_json
 from longclip.run.journal import SAVE_SECONDS, Journal
-from longclip.train import checkpoint
+from longclip.train import checkpoint, warm
 from longclip.train import engine as engines
 from longclip.train.loss import contrastive_loss
 from longclip.train.ranks import Ranks
@@ -94,7 +95,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     """
     experiment = job.experiment
     recipe = experiment.train
-    engine, reader, val = prepare(job, ranks)
+    engine, reader, val = prepare(job, ranks, begin=not lineage.has_begun(job.run))
     train_set = reader.dataset
     batch = recipe.global_batch
     total_steps = steps_of(experiment, len(train_set))
@@ -224,8 +225,10 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     return FINISHED
 
 
-def prepare(job: Job, ranks: Ranks) -> tuple[Any, Reader, Reader]:
+def prepare(job: Job, ranks: Ranks, begin: bool = False) -> tuple[Any, Reader, Reader]:
     """The engine with initial weights, and the readers of training and validation data. Collective.
+
+    ``begin``: those of another run, where the experiment says so. A run that continues needs them no more.
 
     Raises UserError where the inputs do not fit the experiment.
     """
@@ -236,6 +239,8 @@ def prepare(job: Job, ranks: Ranks) -> tuple[Any, Reader, Reader]:
     padded = experiment.engine.text == "padded"
     model = build(spec, experiment.train.seed, experiment.engine.activation_checkpointing, padded)
     check_fit(model, tokenizer, experiment)
+    if begin and spec.init is not None:
+        warm.start(model, spec, spec.init, Path(job.paths[lineage.KEY]), job.run, ranks)
     train, val = (Reader(d, tokenizer, pixels_of(spec.image), experiment.data.text) for d in (train_set, val_set))
     return engines.start(model, experiment, ranks), train, val
 
