@@ -58,7 +58,8 @@ def _fields(path: Key, root: type[BaseModel] = Experiment) -> dict[str, Any]:
             continue
         model = _section(model.model_fields[part].annotation) if model and part in model.model_fields else None
     extra = {"extends": None, "sweep": None} if not path and root is Experiment else {}
-    return {**(model.model_fields if model else {}), **extra}
+    named = {info.alias or name: info for name, info in model.model_fields.items()} if model else {}
+    return {**named, **extra}
 
 
 def known_keys(path: Key = (), root: type[BaseModel] = Experiment) -> list[str]:

@@ -25,8 +25,12 @@ REFERENCES = (
     "model.image.tower",
     "model.text.tower",
     "model.text.tokenizer",
+    "model.init.from",
 )
 """Fields that refer to content elsewhere; identity holds the hash of that content instead."""
+
+OPEN_CLIP = "open_clip_config.json"
+"""describes a tower that open_clip wrote; of no meaning beside a config.json"""
 
 _TOWER_FILES = (
     "config.json",
@@ -95,7 +99,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def hash_folder(folder: Path) -> str:
     """Hash of a tower's or tokenizer's files by name and content, the same wherever the folder lies."""
     digest = hashlib.sha256()
-    files = sorted({p for pattern in _TOWER_FILES for p in folder.glob(pattern)}, key=lambda p: p.name)
+    patterns = _TOWER_FILES if (folder / "config.json").is_file() else (*_TOWER_FILES, OPEN_CLIP)
+    files = sorted({p for pattern in patterns for p in folder.glob(pattern)}, key=lambda p: p.name)
     for file in files:
         with file.open("rb") as f:
             content = hashlib.file_digest(f, "sha256").hexdigest()

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from longclip.experiment import kinds
+
 IDENTITY = ("model", "data", "train")
 """Sections that decide the weights."""
 
@@ -53,12 +55,15 @@ class ImageTower(Section):
 
     tower: str | None = None
     config: dict[str, Any] | None = None
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Literal["cls", "mean", "map"] = "cls"
+    """``map`` is SigLIP's own: attention of one learned query over the patches"""
     head: Literal["linear", "mlp2"] = "linear"
 
     @model_validator(mode="after")
     def _source(self) -> ImageTower:
-        _one_source(self.tower, self.config, ("clip_vision_model", "vit"))
+        _one_source(self.tower, self.config, kinds.IMAGE)
+        if self.config is not None and (why := kinds.image_pool(self.config["model_type"], self.pool)):
+            raise bad("pool", why)
         return self
 
 
@@ -68,12 +73,21 @@ class TextTower(Section):
     tower: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
-    pool: Literal["cls", "mean"] = "mean"
+    pool: Literal["cls", "mean", "last"] = "mean"
+    """``last`` is CLIP's: the end-of-text token, with which its tokenizer ends every caption"""
     head: Literal["linear", "mlp2"] = "mlp2"
+    positions: Literal["stretch", "interpolate"] | None = None
+    """how a tower that ends before the window is extended to it; one that reaches it stays as it is"""
+    keep: Annotated[int, Field(ge=0)] = kinds.KEEP
+    """positions that ``stretch`` leaves as they are"""
 
     @model_validator(mode="after")
     def _source(self) -> TextTower:
-        _one_source(self.tower, self.config, ("modernbert", "bert"))
+        _one_source(self.tower, self.config, tuple(kinds.TEXT))
+        if self.keep != kinds.KEEP and self.positions != "stretch":
+            raise bad("keep", "is of no effect without 'positions: stretch'")
+        if self.config is not None and (why := kinds.text_pool(self.config["model_type"], self.pool)):
+            raise bad("pool", why)
         if self.tokenizer is None and self.tower is None:
             raise bad("tokenizer", "missing: a tower made from a config needs a tokenizer (a folder or a hub id)")
         return self
@@ -90,6 +104,18 @@ def _one_source(tower: str | None, config: dict[str, Any] | None, types: tuple[s
         raise bad("config.model_type", f"is {config.get('model_type')!r}; known here: {', '.join(types)}")
 
 
+class Init(Section):
+    """Weights to begin with, of a model with the same towers; positions are extended as ``model.text.positions`` says.
+
+    ``from`` is ``run:NAME`` (as the run ended) or ``run:NAME@best`` (as its validation chose), a hub id, or a path:
+    a run's folder, or one with ``weights.safetensors`` as a checkpoint has it.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: Annotated[str, Field(alias="from", min_length=1)]
+
+
 class Model(Section):
     """Two towers and one joint space. ``context_length`` is where the text is cut, special tokens included."""
 
@@ -97,16 +123,16 @@ class Model(Section):
     image: ImageTower
     text: TextTower
     embed_dim: Annotated[int, Field(ge=1)] = 512
+    init: Init | None = None
+    """by default the towers' own weights, and all else drawn"""
 
     @model_validator(mode="after")
     def _positions(self) -> Model:
-        positions = (self.text.config or {}).get("max_position_embeddings")
-        if isinstance(positions, int) and self.context_length > positions:
-            raise bad(
-                "context_length",
-                f"is {self.context_length}, but the text tower has {positions} positions "
-                f"(model.text.config.max_position_embeddings); at most {positions}",
-            )
+        text = self.text
+        if text.config is None:
+            return self
+        if why := kinds.too_short(text.config, self.context_length, text.positions, text.keep):
+            raise bad("context_length", why)
         return self
 
 
@@ -250,6 +276,8 @@ class Engine(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     activation_checkpointing: bool = False
+    text: Literal["packed", "padded"] = "packed"
+    """``padded``: every caption padded to the window, as others do; the same result, for comparison"""
     loader_workers: Annotated[int, Field(ge=0)] = 2
     """processes that decode images, per rank"""
     hang_minutes: Annotated[float, Field(gt=0)] = 10

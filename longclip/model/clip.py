@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from longclip.experiment.schema import Model
 from longclip.model.packing import Packed
 from longclip.model.towers import ImageEncoder, TextEncoder, draw
+from longclip.model.window import extend
 
 INITIAL_TEMPERATURE = 0.07
 """CLIP's (arXiv 2103.00020, section 2.5)"""
@@ -21,10 +22,10 @@ MAX_SCALE = 100.0
 class DualEncoder(nn.Module):
     """Images and captions -> unit vectors of one space, and the scale of their similarities."""
 
-    def __init__(self, spec: Model, weights: bool = True) -> None:
+    def __init__(self, spec: Model, weights: bool = True, padded: bool = False) -> None:
         super().__init__()
         self.image = ImageEncoder(spec.image, spec.embed_dim, weights)
-        self.text = TextEncoder(spec.text, spec.embed_dim, weights)
+        self.text = TextEncoder(spec.text, spec.embed_dim, weights, spec.context_length if padded else None)
         # Shape [1]: a 0-dim parameter crashes DeepSpeed's set-up.
         self.log_scale = nn.Parameter(torch.full((1,), math.log(1 / INITIAL_TEMPERATURE)))
 
@@ -35,11 +36,15 @@ class DualEncoder(nn.Module):
         return image_BD, text_BD, self.log_scale.float().exp().clamp(max=MAX_SCALE)
 
 
-def build(spec: Model, seed: int, activation_checkpointing: bool = False) -> DualEncoder:
-    """The model at its initial weights: towers from disk as they are, all else drawn from ``seed``, in fp32."""
-    model = DualEncoder(spec)
+def build(spec: Model, seed: int, activation_checkpointing: bool = False, padded: bool = False) -> DualEncoder:
+    """The model at its initial weights: towers from disk as they are, all else drawn from ``seed``, in fp32.
+
+    Positions are extended afterwards, so that arms with other windows share those that are kept.
+    """
+    model = DualEncoder(spec, padded=padded)
     loaded = [name for name, tower in (("image.trunk", spec.image), ("text.trunk", spec.text)) if tower.tower]
     draw(model, seed, skip=loaded)
+    extend(model.text.trunk, spec.text, spec.context_length)
     if activation_checkpointing:
         for encoder in (model.image, model.text):
             encoder.trunk.gradient_checkpointing_enable({"use_reentrant": False})
@@ -49,4 +54,6 @@ def build(spec: Model, seed: int, activation_checkpointing: bool = False) -> Dua
 def count_parameters(spec: Model) -> int:
     """Parameters of the whole model, without making it."""
     with torch.device("meta"):
-        return sum(p.numel() for p in DualEncoder(spec, weights=False).parameters())
+        model = DualEncoder(spec, weights=False)
+        extend(model.text.trunk, spec.text, spec.context_length)
+    return sum(p.numel() for p in model.parameters())

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from longclip.errors import LongclipError, SiteError, told_as_no_space
-from longclip.run import checkpoints
+from longclip.run import checkpoints, lineage
 from longclip.run.checkpoints import LATEST, MANIFEST, MOMENTS, STATE, WEIGHTS
 from longclip.train.ranks import Ranks
 
@@ -97,6 +97,19 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
 def newest(folder: Path, ranks: Ranks) -> Path | None:
     """Rank 0's :func:`longclip.run.checkpoints.latest` on all ranks; where it raises, all do. Collective."""
     return _on_rank_0(ranks, folder, partial(checkpoints.latest, folder))
+
+
+def read_origin(folder: Path, reference: str, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights that :func:`longclip.run.lineage.origin` finds, and its record. Rank 0 verifies. Collective."""
+
+    def find() -> tuple[Path, dict[str, Any]]:
+        path, record = lineage.origin(folder, reference)
+        if (path / MANIFEST).is_file():
+            checkpoints.verify(path)
+        return path, record
+
+    path, record = _on_rank_0(ranks, folder, find)
+    return load_weights(path), record
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

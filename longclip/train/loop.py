@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ from longclip.experiment.identity import train_sources
 from longclip.experiment.schema import Experiment, Model, parse_interval
 from longclip.model.clip import DualEncoder, build
 from longclip.model.towers import pixels_of
-from longclip.run import checkpoints
+from longclip.run import checkpoints, lineage
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt
 from longclip.run.folder import RunFolder, write_json
 from longclip.run.journal import SAVE_SECONDS, Journal
-from longclip.train import checkpoint
+from longclip.train import checkpoint, warm
 from longclip.train import engine as engines
 from longclip.train.loss import contrastive_loss
 from longclip.train.ranks import Ranks
@@ -105,7 +106,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     """
     experiment = job.experiment
     recipe = experiment.train
-    engine, reader, val = prepare(job, ranks)
+    engine, reader, val = prepare(job, ranks, begin=not lineage.has_begun(job.run))
     train_set = reader.dataset
     assert isinstance(train_set, Sources)
     batch = recipe.global_batch
@@ -248,8 +249,10 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     return FINISHED
 
 
-def prepare(job: Job, ranks: Ranks) -> tuple[Any, Reader, Reader]:
+def prepare(job: Job, ranks: Ranks, begin: bool = False) -> tuple[Any, Reader, Reader]:
     """The engine with initial weights, and the readers of training and validation data. Collective.
+
+    ``begin``: those of another run, where the experiment says so. A run that continues needs them no more.
 
     Raises UserError where the inputs do not fit the experiment.
     """
@@ -258,8 +261,11 @@ def prepare(job: Job, ranks: Ranks) -> tuple[Any, Reader, Reader]:
     train_set = Sources(tuple(open_pinned(job, name) for name in train_sources(experiment)))
     val_set = open_pinned(job, "data.val")
     tokenizer = Tokenizer(job.paths.get("model.text.tokenizer") or str(spec.text.tower), spec.context_length)
-    model = build(spec, experiment.train.seed, experiment.engine.activation_checkpointing)
+    padded = experiment.engine.text == "padded"
+    model = build(spec, experiment.train.seed, experiment.engine.activation_checkpointing, padded)
     check_fit(model, tokenizer, experiment)
+    if begin and spec.init is not None:
+        warm.start(model, spec, spec.init, Path(job.paths[lineage.KEY]), job.run, ranks)
     train = Reader(train_set, tokenizer, pixels_of(spec.image), Text.of(experiment.data))
     return engines.start(model, experiment, ranks), train, replace(train, dataset=val_set)
 
@@ -326,16 +332,11 @@ def open_pinned(job: Job, key: str) -> Dataset:
 
 
 def check_fit(model: DualEncoder, tokenizer: Tokenizer, experiment: Experiment) -> None:
-    """Raises UserError where tokenizer, tower and window do not go together."""
+    """Raises UserError where tokenizer and tower do not go together. (That the window fits, ``build`` has seen to.)"""
     config = model.text.trunk.config
     if tokenizer.vocabulary > config.vocab_size:
         raise UserError(
             f"model.text: the tokenizer has {tokenizer.vocabulary} tokens, the tower's vocabulary {config.vocab_size}"
-        )
-    if experiment.model.context_length > config.max_position_embeddings:
-        raise UserError(
-            f"model.context_length: {experiment.model.context_length} is above the text tower's "
-            f"{config.max_position_embeddings} positions"
         )
 
 

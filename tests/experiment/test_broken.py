@@ -128,7 +128,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     ),
     "unknown model type": (
         swap("model_type: vit", "model_type: vitt"),
-        "bad.yaml:4: model.image.config.model_type: is 'vitt'; known here: clip_vision_model, vit",
+        "bad.yaml:4: model.image.config.model_type: is 'vitt'; known here: clip_vision_model, siglip_vision_model, vit",
     ),
     "config without tokenizer": (
         swap("    tokenizer: ./tok\n", ""),
