@@ -13,14 +13,18 @@ import math
 import os
 import sys
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 from longclip.errors import LongclipError
-from longclip.train import checkpoint, engine, loss, ranks
+from longclip.model.clip import build
+from longclip.train import cached, checkpoint, engine, loop, loss, ranks
+from tests.train import small_clip
 from tests.train.two_towers import STEPS, TwoTowers, batch, experiment, valid_mask
 
 
@@ -50,20 +54,130 @@ def train(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
     return {"losses": losses, "norms": norms}
 
 
+def losses(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """The loss in tiles and its gradients, and both computed whole in double precision; largest differences."""
+    b, d = job["pairs"] // me.size, 11
+    drawn = torch.Generator().manual_seed(job.get("seed", 0))
+    image_Bd, text_Bd = (functional.normalize(torch.randn(2, b * me.size, d, generator=drawn), dim=-1)).unbind()
+    text_Bd = functional.normalize(text_Bd + job.get("alike", 0.0) * image_Bd, dim=-1)
+    numbers = [torch.tensor([job["scale"]]), *([torch.tensor([-4.0])] if job["kind"] == "sigmoid" else [])]
+    valid_B = torch.tensor(job["valid"]) if "valid" in job else torch.ones(b * me.size, dtype=torch.bool)
+    whole = [x.double().requires_grad_() for x in (image_Bd, text_Bd, *numbers)]
+    expected = small_clip.whole_loss(job["kind"], *(x[valid_B] for x in whole[:2]), *whole[2:])
+    expected.backward()
+    mine = [x.chunk(me.size)[me.rank].clone().requires_grad_() for x in (image_Bd, text_Bd)]
+    mine += [number.clone().requires_grad_() for number in numbers]
+    tile, loss.TILE = loss.TILE, job.get("tile", loss.TILE)
+    try:
+        valid_b = valid_B.chunk(me.size)[me.rank] if "valid" in job else None
+        value = loss.LOSSES[job["kind"]](*mine, me, valid_b)
+        (3 * value).backward()
+    finally:
+        loss.TILE = tile
+    # What a rank holds is the sum over ranks for features, and its own part for numbers; ZeRO divides both.
+    right = [x.grad.chunk(me.size)[me.rank] for x in whole[:2]]
+    wrong_by = [float((x.grad.double() / 3 / me.size - y).abs().max()) for x, y in zip(mine[:2], right, strict=True)]
+    for number, whole_number in zip(mine[2:], whole[2:], strict=True):
+        wrong_by.append(abs(me.sum_across([number.grad.item()])[0] / 3 / me.size - whole_number.grad.item()))
+    largest = max(float(x.grad.abs().max()) for x in whole)
+    return {
+        "loss": me.sum_across([value.item()])[0] / me.size,
+        "expected": expected.item(),
+        "gradients": max(me.sum_across([max(wrong_by)])) / max(largest, 1e-9),
+    }
+
+
+def clip(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """Steps of a real dual encoder as the training loop takes them."""
+    asked = small_clip.experiment(job)
+    running = started(asked, me)
+    first = checkpoint.restore(running, Path(job["restore"]), me)["step"] if "restore" in job else 0
+    losses, norms = [], []
+    for step in range(first, small_clip.STEPS):
+        own, _, norm = loop.take_step(running, small_clip.part(step, me.rank, me.size), asked.train.loss, me)
+        losses.append(me.sum_across([own])[0] / me.size)
+        norms.append(norm)
+        if step + 1 == job.get("save_at"):
+            checkpoint.save(running, Path(job["folder"]), f"step-{step + 1:08d}", {"step": step + 1}, me)
+    running.destroy()
+    return {"losses": losses, "norms": norms}
+
+
+def started(asked: Any, me: ranks.Ranks) -> Any:
+    model = build(asked.model, asked.train.seed, asked.engine.activation_checkpointing, asked.train.loss)
+    return engine.start(model, asked, me)
+
+
+def dropout(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """A two-pass step with dropout, and the same draws of all ranks with every graph kept; largest difference."""
+    from deepspeed.utils import safe_get_full_grad
+
+    asked = small_clip.experiment({**job, "dropout": True})
+    running = started(asked, me)
+    running.train()
+    count = running.gradient_accumulation_steps()
+    torch.manual_seed(100 + me.rank)
+    part = small_clip.part(0, me.rank, me.size)
+    value, _ = cached.backward(running, part, loss.contrastive_loss, count, me)
+    gradients = {name: safe_get_full_grad(p) for name, p in running.module.named_parameters()}
+
+    whole = build(asked.model, asked.train.seed).train()
+    outputs = []
+    for rank in range(me.size):
+        torch.manual_seed(100 + rank)
+        _, micros = cached.deal(small_clip.part(0, rank, me.size), count)
+        outputs += [whole(*micro) for micro in micros]
+    image, text, scale = zip(*outputs, strict=True)
+    expected = small_clip.whole_loss("contrastive", torch.cat(image), torch.cat(text), scale[0])
+    expected.backward()
+    wrong_by = max(float((gradients[name].float() - p.grad).norm() / p.grad.norm()) for name, p in named_grads(whole))
+    engine.step(running)
+    running.destroy()
+    return {
+        "loss": me.sum_across([value.item()])[0] / me.size,
+        "expected": expected.item(),
+        "gradients": wrong_by,
+    }
+
+
+def named_grads(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Parameters whose gradient is more than the rounding of a zero (a key's bias has none)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    largest = max(float(p.grad.norm()) for _, p in named)
+    return [(name, p) for name, p in named if p.grad.norm() > 1e-5 * largest]
+
+
+def memory(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """The most bytes that a step's graph held at a time."""
+    asked = small_clip.experiment(job)
+    running = started(asked, me)
+    alive, peak = {"bytes": 0}, {"bytes": 0}
+
+    def lose(size: int) -> None:
+        alive["bytes"] -= size
+
+    class Held:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+            size = tensor.numel() * tensor.element_size()
+            alive["bytes"] += size
+            peak["bytes"] = max(peak["bytes"], alive["bytes"])
+            weakref.finalize(self, lose, size)
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        loop.take_step(running, small_clip.part(0, me.rank, me.size), asked.train.loss, me)
+    running.destroy()
+    return peak
+
+
 def wrong(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
-    """Training with a gather whose gradient is too large by the number of ranks."""
-    right = loss.gather
-
-    def scaled(x_bd: torch.Tensor, me: ranks.Ranks) -> torch.Tensor:
-        x_Bd = right(x_bd, me)
-        x_Bd.register_hook(lambda grad: grad * me.size)
-        return x_Bd
-
-    loss.gather = scaled
+    """Training with an exchange of gradients whose result is too large by the number of ranks."""
+    right = loss.own_rows
+    loss.own_rows = lambda x_Bd, me: right(x_Bd, me) * me.size
     try:
         return train(job, me)
     finally:
-        loss.gather = right
+        loss.own_rows = right
 
 
 def superseded_save(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
