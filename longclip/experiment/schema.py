@@ -28,6 +28,7 @@ DEEPSPEED_OURS = {
     "fp16": "train.precision",
     "amp": "train.precision",
     "torch_autocast": "train.precision",
+    "data_types": "train.precision",
     "activation_checkpointing": "engine.activation_checkpointing",
 }
 """Keys of a DeepSpeed configuration that experiment fields already decide."""

@@ -13,6 +13,7 @@ from longclip.data.loader import Batch
 from longclip.experiment.schema import Experiment
 from longclip.model.clip import build
 from longclip.model.packing import pack
+from tests.train.two_towers import whole_loss
 
 BATCH, STEPS = 24, 6
 LR, CLIP = 2e-3, 10.0
@@ -96,16 +97,6 @@ def part(step: int, rank: int, size: int) -> Batch:
     mine = slice(rank * share, (rank + 1) * share)
     tokens = sum(map(len, captions[mine]))
     return Batch(pixels[mine], pack(captions[mine]), torch.ones(share, dtype=torch.bool), (), tokens, 0)
-
-
-def whole_loss(kind: str, image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, *bias: torch.Tensor) -> Any:
-    """Both losses as their papers write them, over the whole matrix of similarities; 0 for no pairs."""
-    logits, n = scale * image @ text.T, max(1, len(image))
-    if kind == "sigmoid":
-        sign = 2 * torch.eye(len(image), dtype=logits.dtype) - 1
-        return -functional.logsigmoid(sign * (logits + bias[0])).sum() / n
-    own = torch.arange(len(image))
-    return sum(functional.cross_entropy(x, own, reduction="sum") for x in (logits, logits.T)) / (2 * n)
 
 
 def plain_training(**job: Any) -> tuple[list[float], list[float]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 from tests.train.conftest import Groups
 
+ROOT = Path(__file__).parents[2]
 PAIRS = 24
 KINDS = ("contrastive", "sigmoid")
 SIZES = (1, 2, 3)
@@ -27,14 +31,19 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def computed(run_ranks: Callable[[Groups], Groups]) -> Groups:
-    jobs = {
-        f"{kind}: {case}": {"do": "losses", "pairs": PAIRS, "kind": kind, **settings}
+def computed(tmp_path_factory: pytest.TempPathFactory) -> Groups:
+    cases = {
+        f"{kind}: {case}": {"pairs": PAIRS, "kind": kind, **settings}
         for kind in KINDS
         for case, settings in CASES.items()
     }
-    jobs |= {kind: {"do": "losses", "pairs": 3000, "kind": kind, "scale": 30.0, "alike": 1.0} for kind in KINDS}
-    return run_ranks(dict.fromkeys(SIZES, jobs))
+    cases |= {kind: {"pairs": 3000, "kind": kind, "scale": 30.0, "alike": 1.0} for kind in KINDS}
+    folder = tmp_path_factory.mktemp("losses")
+    (folder / "cases.json").write_text(json.dumps({"ranks": SIZES, "cases": cases}))
+    command = [sys.executable, "-m", "tests.train.loss_worker", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return {size: json.loads((folder / f"{size}.json").read_text()) for size in SIZES}
 
 
 @pytest.mark.parametrize("ranks", SIZES)

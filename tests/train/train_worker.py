@@ -11,6 +11,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 import traceback
 import weakref
@@ -19,13 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
+from longclip.data.loader import Reader
+from longclip.data.shards import open_dataset
+from longclip.data.tokens import Tokenizer
 from longclip.errors import LongclipError
+from longclip.evaluate.retrieval import evaluate, retrieval
 from longclip.model.clip import build
+from longclip.model.towers import Pixels
 from longclip.train import cached, checkpoint, engine, loop, loss, ranks
 from tests.train import small_clip
-from tests.train.two_towers import STEPS, TwoTowers, batch, experiment, valid_mask
+from tests.train.two_towers import STEPS, TwoTowers, batch, experiment, valid_mask, whole_loss
 
 
 def own_part(me: ranks.Ranks, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -52,39 +57,6 @@ def train(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
             checkpoint.save(running, Path(job["folder"]), f"step-{step + 1:08d}", {"step": step + 1}, me)
     running.destroy()
     return {"losses": losses, "norms": norms}
-
-
-def losses(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
-    """The loss in tiles and its gradients, and both computed whole in double precision; largest differences."""
-    b, d = job["pairs"] // me.size, 11
-    drawn = torch.Generator().manual_seed(job.get("seed", 0))
-    image_Bd, text_Bd = (functional.normalize(torch.randn(2, b * me.size, d, generator=drawn), dim=-1)).unbind()
-    text_Bd = functional.normalize(text_Bd + job.get("alike", 0.0) * image_Bd, dim=-1)
-    numbers = [torch.tensor([job["scale"]]), *([torch.tensor([-4.0])] if job["kind"] == "sigmoid" else [])]
-    valid_B = torch.tensor(job["valid"]) if "valid" in job else torch.ones(b * me.size, dtype=torch.bool)
-    whole = [x.double().requires_grad_() for x in (image_Bd, text_Bd, *numbers)]
-    expected = small_clip.whole_loss(job["kind"], *(x[valid_B] for x in whole[:2]), *whole[2:])
-    expected.backward()
-    mine = [x.chunk(me.size)[me.rank].clone().requires_grad_() for x in (image_Bd, text_Bd)]
-    mine += [number.clone().requires_grad_() for number in numbers]
-    tile, loss.TILE = loss.TILE, job.get("tile", loss.TILE)
-    try:
-        valid_b = valid_B.chunk(me.size)[me.rank] if "valid" in job else None
-        value = loss.LOSSES[job["kind"]](*mine, me, valid_b)
-        (3 * value).backward()
-    finally:
-        loss.TILE = tile
-    # What a rank holds is the sum over ranks for features, and its own part for numbers; ZeRO divides both.
-    right = [x.grad.chunk(me.size)[me.rank] for x in whole[:2]]
-    wrong_by = [float((x.grad.double() / 3 / me.size - y).abs().max()) for x, y in zip(mine[:2], right, strict=True)]
-    for number, whole_number in zip(mine[2:], whole[2:], strict=True):
-        wrong_by.append(abs(me.sum_across([number.grad.item()])[0] / 3 / me.size - whole_number.grad.item()))
-    largest = max(float(x.grad.abs().max()) for x in whole)
-    return {
-        "loss": me.sum_across([value.item()])[0] / me.size,
-        "expected": expected.item(),
-        "gradients": max(me.sum_across([max(wrong_by)])) / max(largest, 1e-9),
-    }
 
 
 def clip(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
@@ -128,7 +100,7 @@ def dropout(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
         _, micros = cached.deal(small_clip.part(0, rank, me.size), count)
         outputs += [whole(*micro) for micro in micros]
     image, text, scale = zip(*outputs, strict=True)
-    expected = small_clip.whole_loss("contrastive", torch.cat(image), torch.cat(text), scale[0])
+    expected = whole_loss("contrastive", torch.cat(image), torch.cat(text), scale[0])
     expected.backward()
     wrong_by = max(float((gradients[name].float() - p.grad).norm() / p.grad.norm()) for name, p in named_grads(whole))
     engine.step(running)
@@ -145,6 +117,25 @@ def named_grads(model: torch.nn.Module) -> list[tuple[str, Any]]:
     named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
     largest = max(float(p.grad.norm()) for _, p in named)
     return [(name, p) for name, p in named if p.grad.norm() > 1e-5 * largest]
+
+
+def score(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """Retrieval by the engine of all ranks, and by one model that sees all pairs at once."""
+    asked = small_clip.experiment(job)
+    half = (0.5, 0.5, 0.5)
+    reader = Reader(open_dataset(job["data"]), Tokenizer(job["tokenizer"], 48), Pixels(16, half, half), "txt")
+    running = started(asked, me)
+    signal.alarm(60)  # ranks that wait for each other are ended
+    scores = [evaluate(running, running.module, reader, job["batch"], me, first=first) for first in job["first"]]
+    signal.alarm(0)
+    running.destroy()
+    model, expected = build(asked.model, asked.train.seed).eval(), []
+    for first in job["first"]:
+        whole = reader.batch([(0, i) for i in range(first)], [None] * first)
+        with torch.no_grad():
+            image, text, _ = model(whole.pixels, whole.text)
+        expected.append(retrieval(image[whole.valid], text[whole.valid]) | {"pairs": int(whole.valid.sum())})
+    return {"scores": scores, "expected": expected}
 
 
 def memory(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
