@@ -23,7 +23,8 @@ IDENTITY = ("model", "data", "train")
 DEEPSPEED_OURS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "engine.micro_batch",
-    "gradient_accumulation_steps": "engine.micro_batch",
+    "gradient_accumulation_steps": "engine.micro_batch (it keeps all negatives; accumulation would not)",
+    "managed_gradient_accumulation": "engine.micro_batch",
     "gradient_clipping": "train.grad_clip",
     "optimizer": "train.lr, train.betas, train.eps, train.weight_decay",
     "scheduler": "train.schedule, train.warmup_steps",
@@ -31,6 +32,7 @@ DEEPSPEED_OURS = {
     "fp16": "train.precision",
     "amp": "train.precision",
     "torch_autocast": "train.precision",
+    "data_types": "train.precision",
     "activation_checkpointing": "engine.activation_checkpointing",
 }
 """Keys of a DeepSpeed configuration that experiment fields already decide."""
@@ -48,6 +50,8 @@ def bad(key: str, message: str) -> PydanticCustomError:
 
 
 Pair = Annotated[tuple[float, float], Field(strict=False)]
+Frozen = Literal["all"] | Annotated[int, Field(ge=1)] | None
+"""What of a tower keeps its initial weights: all of it (its head is trained), or its embeddings and lowest N layers"""
 
 
 class ImageTower(Section):
@@ -58,6 +62,7 @@ class ImageTower(Section):
     pool: Literal["cls", "mean", "map"] = "cls"
     """``map`` is SigLIP's own: attention of one learned query over the patches"""
     head: Literal["linear", "mlp2"] = "linear"
+    freeze: Frozen = None
 
     @model_validator(mode="after")
     def _source(self) -> ImageTower:
@@ -80,6 +85,7 @@ class TextTower(Section):
     """how a tower that ends before the window is extended to it; one that reaches it stays as it is"""
     keep: Annotated[int, Field(ge=0)] = kinds.KEEP
     """positions that ``stretch`` leaves as they are"""
+    freeze: Frozen = None
 
     @model_validator(mode="after")
     def _source(self) -> TextTower:
@@ -246,6 +252,7 @@ class Train(Section):
     samples: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     global_batch: Annotated[int, Field(ge=2)]
+    loss: Literal["contrastive", "sigmoid"] = "contrastive"
     precision: Literal["fp32", "bf16"] = "bf16"
     lr: Annotated[float, Field(gt=0, le=10)]
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -275,6 +282,7 @@ class Engine(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """pairs that a rank runs at once: all that it holds, or fewer, with gradients cached between two passes"""
     activation_checkpointing: bool = False
     text: Literal["packed", "padded"] = "packed"
     """``padded``: every caption padded to the window, as others do; the same result, for comparison"""
@@ -390,8 +398,7 @@ class Experiment(Section):
 def check_batch(experiment: Experiment, ranks: int) -> int:
     """Pairs of the global batch that each of ``ranks`` processes holds.
 
-    Raises a pydantic error where the batch does not divide, or where a smaller micro batch would need gradient
-    accumulation: that would shrink the set of negatives and change the experiment in silence.
+    Raises a pydantic error where the batch does not divide among them, or a rank's share not into micro-batches.
     """
     batch = experiment.train.global_batch
     if batch % ranks:
@@ -401,13 +408,16 @@ def check_batch(experiment: Experiment, ranks: int) -> int:
             f"is {batch}, which does not divide among {ranks} ranks; nearest that do: {below}, {above}",
         )
     micro = experiment.engine.micro_batch
-    if micro != "auto" and micro != batch // ranks:
+    share = batch // ranks
+    if micro != "auto" and share % micro:
+        below = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        above = min(n for n in range(min(micro, share), share + 1) if share % n == 0)
         raise bad(
             "engine.micro_batch",
-            f"is {micro}, but {batch} pairs on {ranks} ranks are {batch // ranks} each; accumulating smaller "
-            f"micro batches would shrink the negatives; use auto, or {batch // micro if micro <= batch else 1} ranks",
+            f"is {micro}, which does not divide the {share} pairs that each of {ranks} ranks holds; "
+            f"nearest that do: {', '.join(str(n) for n in sorted({below, above}))}; or auto, all {share} at once",
         )
-    return batch // ranks
+    return share
 
 
 _INTERVAL = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(min|minutes?|epochs?|samples?|steps?)\s*$")

@@ -61,7 +61,7 @@ def canary(job: Job, ranks: Ranks) -> None:
     def step(number: int) -> float:
         begun = time.monotonic()
         engines.set_lr(engine, engines.learning_rate(recipe, number, total_steps))
-        loss, _, grad_norm = take_step(engine, next(batches), ranks)
+        loss, _, grad_norm = take_step(engine, next(batches), recipe.loss, ranks)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Diverged(f"loss {loss}, gradient norm {grad_norm} in step {number + 1} of a canary")
         job.beat(0)

@@ -7,6 +7,8 @@ and moments are read out of the engine as whole tensors and set into it again:
     0       the module's parameters                   the parameter
     1, 2    slices of one flat tensor a group, rank   that flat tensor
     3       slices of one flat tensor a sub group     that flat tensor
+
+Frozen parameters have no moments, and no fp32 copy besides the module's own, in the precision that it computes in.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
     for kind in (WEIGHTS, *MOMENTS):
         with safe_open(path / f"{kind}.safetensors", framework="pt") as saved:
             for name, parameter in engine.module.named_parameters():
-                _set(engine, parameter, kind, saved.get_tensor(name))
+                if kind == WEIGHTS or parameter.requires_grad:
+                    _set(engine, parameter, kind, saved.get_tensor(name))
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer.update_lp_params()  # the module's copies, in its own precision, from the fp32 slices
     return state
@@ -121,12 +124,18 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _tensors(engine: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor) of each parameter: its weight or a moment. Collective at stages 1 to 3."""
+    """(name, whole tensor) of each parameter: its weight, or a moment if it has any. Collective at stages 1 to 3."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     _link_moments(engine)
     for name, parameter in engine.module.named_parameters():
-        if engine.zero_optimization_stage() == 0:
+        if not parameter.requires_grad:
+            if kind != WEIGHTS:
+                continue
+            with deepspeed.zero.GatheredParameters(parameter):  # does nothing below stage 3
+                tensor = parameter.detach().clone()
+        elif engine.zero_optimization_stage() == 0:
             tensor = parameter if kind == WEIGHTS else engine.basic_optimizer.state[parameter][kind]
         elif kind == WEIGHTS:
             tensor = safe_get_full_fp32_param(parameter)
@@ -147,7 +156,10 @@ def _set(engine: Any, parameter: Any, kind: str, value: Tensor) -> None:
     )
 
     stage = engine.zero_optimization_stage()
-    if stage == 0:
+    if not parameter.requires_grad:
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+            parameter.data.copy_(value)
+    elif stage == 0:
         target = parameter if kind == WEIGHTS else engine.basic_optimizer.state[parameter][kind]
         target.copy_(value)
     elif stage < 3:

@@ -36,9 +36,9 @@ from longclip.run import checkpoints, lineage
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt
 from longclip.run.folder import RunFolder, write_json
 from longclip.run.journal import SAVE_SECONDS, Journal
-from longclip.train import checkpoint, warm
+from longclip.train import cached, checkpoint, warm
 from longclip.train import engine as engines
-from longclip.train.loss import contrastive_loss
+from longclip.train.loss import LOSSES
 from longclip.train.ranks import Ranks
 
 BEST = "val/mean_recall_at_1"
@@ -163,7 +163,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         engines.set_lr(engine, lr)
         # Dropout's draws belong to the step and the rank, so that a run that continues draws what it would have drawn.
         torch.manual_seed(key(recipe.seed, "dropout", step, ranks.rank) % 2**63)
-        loss, scale, grad_norm = take_step(engine, part, ranks)
+        loss, scale, grad_norm = take_step(engine, part, recipe.loss, ranks)
         state.update(step=step + 1, samples=(step + 1) * batch)
         alive()
         _note_bad(job, part, step, ranks)
@@ -261,8 +261,10 @@ def prepare(job: Job, ranks: Ranks, begin: bool = False) -> tuple[Any, Reader, R
     train_set = Sources(tuple(open_pinned(job, name) for name in train_sources(experiment)))
     val_set = open_pinned(job, "data.val")
     tokenizer = Tokenizer(job.paths.get("model.text.tokenizer") or str(spec.text.tower), spec.context_length)
-    padded = experiment.engine.text == "padded"
-    model = build(spec, experiment.train.seed, experiment.engine.activation_checkpointing, padded)
+    how = experiment.engine
+    model = build(
+        spec, experiment.train.seed, how.activation_checkpointing, experiment.train.loss, how.text == "padded"
+    )
     check_fit(model, tokenizer, experiment)
     if begin and spec.init is not None:
         warm.start(model, spec, spec.init, Path(job.paths[lineage.KEY]), job.run, ranks)
@@ -275,11 +277,18 @@ def order_of(experiment: Experiment, dataset: Sources) -> Mixture:
     return Mixture([part.sizes for part in dataset.parts], experiment.train.seed, weights)
 
 
-def take_step(engine: Any, part: Batch, ranks: Ranks) -> tuple[float, float, float]:
-    """One optimizer step on this rank's ``part``: its loss, the scale of the logits, the gradient norm. Collective."""
-    image_bd, text_bd, scale = engine(part.images(ranks.device), part.text.to(ranks.device))
-    loss = contrastive_loss(image_bd, text_bd, scale, ranks, part.valid.to(ranks.device))
-    engine.backward(loss)
+def take_step(engine: Any, part: Batch, kind: str, ranks: Ranks) -> tuple[float, float, float]:
+    """One optimizer step on this rank's ``part``: its loss, the scale of the logits, the gradient norm. Collective.
+
+    ``kind`` is ``train.loss``. Two passes where ``engine`` takes the part in several micro-batches, else one.
+    """
+    count = engine.gradient_accumulation_steps()
+    if count > 1:
+        loss, scale = cached.backward(engine, part, LOSSES[kind], count, ranks)
+    else:
+        image_bd, text_bd, *numbers = engine(part.images(ranks.device), part.text.to(ranks.device))
+        loss, scale = LOSSES[kind](image_bd, text_bd, *numbers, ranks, part.valid.to(ranks.device)), numbers[0]
+        engine.backward(loss)
     grad_norm = engines.step(engine)
     return loss.item(), scale.item(), grad_norm
 
@@ -397,10 +406,12 @@ def peak_bytes(ranks: Ranks) -> int:
 def _opening(job: Job, ranks: Ranks, state: dict[str, Any], total_steps: int, dataset: int) -> str:
     experiment = job.experiment
     batch = experiment.train.global_batch
+    share, micro = batch // ranks.size, experiment.engine.micro_batch
+    cached_in = "" if micro in ("auto", share) else f" (cached gradients, {share // int(micro)} x {micro})"
     return (
         f"{job.run.name}: attempt {job.attempt.number}, {ranks.size} ranks on {ranks.device.type}, "
         f"window {experiment.model.context_length}, ZeRO {experiment.engine.zero_stage}, "
-        f"{experiment.train.precision}, batch {batch} = {ranks.size} x {batch // ranks.size}, "
+        f"{experiment.train.precision}, batch {batch} = {ranks.size} x {share}{cached_in}, "
         f"{dataset:,} pairs, {total_steps:,} steps, from sample {state['samples']:,}; "
         f"threads {torch.get_num_threads()}, pid {os.getpid()}"
     )
