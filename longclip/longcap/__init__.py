@@ -2,7 +2,8 @@
 
     pmc.py       fetch: articles and their media, from the PMC Cloud Service's layout or a mirror
     article.py   what an article says: the form between reading and writing
-    jats.py      JATS XML -> Article
+    jats.py      JATS XML -> Article; by markup.py (bytes -> a tree, hardened), text.py (markup -> plain text),
+                 labels.py ("Figs. 2-4" -> figures), license.py, frontmatter.py
     images.py    a figure's files -> one JPEG
     sentences.py text -> sentences, and the abbreviations that an article defines
     context.py   Article, figure -> a long description within a token budget, every sentence with its source

@@ -118,6 +118,7 @@ class Labels:
                 self._by_key.setdefault((scope, key), members)
         heads = {key.head for _, key in self._by_key}
         words = heads - {"figure"}
+        self._known: dict[tuple[str, Key, Key], tuple[list[int], bool]] = {}
         # As written and as begun with a capital: "Scheme 1", "scheme 1".
         self._pattern = _heads(frozenset(form for word in words for form in (word, word.capitalize())))
         self._marks = (*(("Fig", "fig", "FIG") if "figure" in heads else ()), *words, *map(str.capitalize, words))
@@ -148,50 +149,25 @@ class Labels:
         before = text[max(0, head.start() - _BEFORE) : head.start()]
         if _ELSEWHERE_BEFORE.search(before):
             return
-        qualifier = _QUALIFIER.search(before)
-        start = head.start() if qualifier is None else head.start() - len(before) + qualifier.start()
+        qualified = _QUALIFIER.search(before)
+        start = head.start() if qualified is None else head.start() - len(before) + qualified.start()
+        qualifier = qualified[1] if qualified else ""
         word = head.group().rstrip(".")
         plural = any(head.groupdict().values())
         name = _head(word[:-1] if plural and _head(word) != "figure" else word)
-        for n, keys, at, end in self._items(text, head.end(), name, qualifier[1] if qualifier else "", plural):
-            in_range = len({key._replace(panel="") for key in keys}) > 1
-            for key in keys:
-                for i in self._of(scope, key):
-                    yield Named(start if n == 0 else at, end, i, in_range)
+        for n, (first, last, at, end) in enumerate(_items(text, head.end(), name, qualifier, plural)):
+            figures, in_range = self._meant(scope, first, last)
+            for i in figures:
+                yield Named(start if n == 0 else at, end, i, in_range)
 
-    def _items(
-        self, text: str, position: int, head: str, qualifier: str, plural: bool
-    ) -> Iterator[tuple[int, list[Key], int, int]]:
-        """The numbers after a head: (how many came before, keys, start, end)."""
-        items: list[tuple[list[Key], int, int]] = []
-        item = _ITEM.match(text, position)
-        start = position
-        while item is not None:
-            last = _key(head, qualifier, item)
-            items.append(([last], start, item.end()))
-            between = _BETWEEN.match(text, item.end())
-            if between is None:
-                break
-            ranged = between["by"] in _RANGE
-            start = between.start("head") if between["head"] else between.end()
-            item = _ITEM.match(text, between.end())
-            if item is None:
-                break
-            # "Figure 1, 20 mice" and "Fig. 2 to 5 mm" are not lists; "Fig. 2-4", "Fig. 1A, 2B", "Figs. 1, 2" are.
-            if not (plural or between["head"] or item["panel"] or (ranged and len(between["by"]) == 1)):
-                break
-            if ranged:
-                _, since, _ = items.pop()
-                items.append((_span(last, _key(head, qualifier, item)), since, item.end()))
-                between = _BETWEEN.match(text, item.end())
-                if between is None or not plural:
-                    break
-                start = between.end()
-                item = _ITEM.match(text, start)
-        if items and _ELSEWHERE.match(text, items[-1][2]):
-            return
-        for n, (keys, since, end) in enumerate(items):
-            yield n, keys, since, end
+    def _meant(self, scope: str, first: Key, last: Key) -> tuple[list[int], bool]:
+        asked = (scope, first, last)
+        if asked not in self._known:
+            keys = [first] if first == last else _span(first, last)
+            figures = [i for key in keys for i in self._of(scope, key)]
+            in_range = first._replace(panel="") != last._replace(panel="")
+            self._known[asked] = (list(dict.fromkeys(figures)), in_range)
+        return self._known[asked]
 
     def _of(self, scope: str, key: Key) -> list[int]:
         for where in dict.fromkeys((scope, "")):
@@ -199,6 +175,36 @@ class Labels:
                 if found := self._by_key.get((where, asked)):
                     return found
         return []
+
+
+def _items(text: str, position: int, head: str, qualifier: str, plural: bool) -> list[tuple[Key, Key, int, int]]:
+    """The numbers after a head: (first, last, start, end), first and last being one but for a range."""
+    items: list[tuple[Key, Key, int, int]] = []
+    item = _ITEM.match(text, position)
+    start = position
+    while item is not None:
+        key = _key(head, qualifier, item)
+        items.append((key, key, start, item.end()))
+        between = _BETWEEN.match(text, item.end())
+        if between is None:
+            break
+        ranged = between["by"] in _RANGE
+        start = between.start("head") if between["head"] else between.end()
+        item = _ITEM.match(text, between.end())
+        # "Figure 1, 20 mice" and "Fig. 2 to 5 mm" are not lists; "Fig. 2-4", "Fig. 1A, 2B", "Figs. 1, 2" are.
+        if item is None or not (plural or between["head"] or item["panel"] or (ranged and len(between["by"]) == 1)):
+            break
+        if ranged:
+            first, _, since, _ = items.pop()
+            items.append((first, _key(head, qualifier, item), since, item.end()))
+            between = _BETWEEN.match(text, item.end())
+            if between is None or not plural:
+                break
+            start = between.end()
+            item = _ITEM.match(text, start)
+    if items and _ELSEWHERE.match(text, items[-1][3]):
+        return []
+    return items
 
 
 def is_range(text: str, start: int, until: int, since: int) -> bool:

@@ -240,7 +240,8 @@ def test_front_matter_and_references() -> None:
       </subj-group></article-categories>
       <title-group><article-title>On <italic>cells</italic><xref ref-type="fn" rid="n">*</xref></article-title>
       </title-group><contrib-group><contrib contrib-type="author"><name><surname>Doe</surname>
-      <given-names>Jane M.</given-names></name></contrib><contrib contrib-type="editor"><name><surname>Ed</surname></name></contrib>
+      <given-names>Jane M.</given-names></name></contrib>
+      <contrib contrib-type="editor"><name><surname>Ed</surname></name></contrib>
       <contrib contrib-type="author"><collab>The Group</collab></contrib></contrib-group>
       <pub-date pub-type="collection"><year>2019</year></pub-date>
       <pub-date pub-type="epub"><day>7</day><month>May</month><year>2019</year></pub-date>
