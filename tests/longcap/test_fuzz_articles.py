@@ -31,7 +31,7 @@ SEEDS = [
 ]
 PIECES = [
     b"<p>", b"</p>", b"<fig>", b"</fig>", b"<caption>", b"<xref rid='f1 f2'>", b"</xref>", b"&nbsp;", b"&a;", b"&#0;",
-   , b"&#xFDD0;", b"<![CDATA[", b"]]>", b"<!--", b"<!ENTITY", b"\xff", b"\xef\xb7\x90", b"\0", b"Figs. 1-9999 and 2",
+    b"&#xFDD0;", b"<![CDATA[", b"]]>", b"<!--", b"<!ENTITY", b"\xff", b"\xef\xb7\x90", b"\0", b"Figs. 1-9999 and 2",
     b"<sub-article>", b"<sup>2</sup>", b"<alternatives>", b"<article>", b'"',
     b"<?xml version='1.0' encoding='utf-16'?>",
 ]  # fmt: skip
