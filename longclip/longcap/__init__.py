@@ -5,7 +5,8 @@
     polite.py    requests at a pace, with the waits that a server asks for and retries that back off
     fetch.py     articles and their images into folders, one an article
     article.py   what an article says: the form between reading and writing
-    jats.py      JATS XML -> Article
+    jats.py      JATS XML -> Article; by markup.py (bytes -> a tree, hardened), text.py (markup -> plain text),
+                 labels.py ("Figs. 2-4" -> figures), license.py, frontmatter.py
     images.py    a figure's files -> one JPEG
     context.py   Article, figure -> a long description within a token budget, every sentence with its source
     enrich.py    finished shards with their descriptions rewritten by a language model

@@ -278,7 +278,7 @@ def _mentions(lines: Sequence[_Line], labels: Labels, figures: int) -> list[list
             (start, end, i, "xref") for start, end, means in line.xrefs for i in means
         ]
         for (start, until, first), (since, end, last) in pairwise(line.xrefs):
-            if is_range(line.text[until:since]):
+            if is_range(line.text, start, until, since):
                 said += [(start, end, i, "range") for i in labels.between(first[-1], last[0])]
         linked = {start: end for start, end, _ in line.xrefs}
         for start, end, i, in_range in labels.named(line.text, line.place.sub_article, linked):

@@ -15,9 +15,12 @@ _NUMBER = r"(?P<prefix>[A-Z]{0,2})[.-]?(?P<number>\d{1,4}(?:\.\d{1,3}){0,3})(?!\
 _SUPPLEMENT = r"(?:\s?[—–-]{1,2}\s?figure supplements?\s?(?P<supplement>\d{1,2}))?"
 _LABEL = re.compile(rf"\s*(?P<words>[^\d]{{0,60}}?)[\s.]*{_NUMBER}{_SUPPLEMENT}(?P<panel>[A-Za-z](?![A-Za-z]))?")
 
-_LETTER = r"\(?[A-Za-z]\)?(?![^\W\d_]|\d)"
+_LETTER = r"(?:\([A-Za-z]\)|[A-Za-z](?![^\W_]))"
 _PANELS = rf"(?P<panel>[A-Za-z](?![^\W\d_])(?:\s?(?:,|and|&|to|[–—−-])\s?{_LETTER}){{0,20}})?"
-_ITEM = re.compile(rf"\s*{_NUMBER}{_SUPPLEMENT}{_PANELS}")
+# "Figure 1—source data 1" and "fig1data.txt" are other files.
+_ITEM = re.compile(
+    rf"\s*{_NUMBER}{_SUPPLEMENT}{_PANELS}(?![A-Za-z0-9]|\s?[—–-]{{1,2}}\s?(?:source|video|figure|table|animation))"
+)
 _BETWEEN = re.compile(r"\s*(?P<by>,\s*(?:and|or|&)|[,;&/]|and|or|to|through|[–—−-])\s*(?P<head>[Ff]ig(?:ure)?s?\.?)?")
 _SINGLE = re.compile(r"[^\d,;&–—−-]*\d+[A-Za-z]?")
 _RANGE = frozenset(("–", "—", "−", "-", "to", "through"))
@@ -28,11 +31,17 @@ _QUALIFIER = re.compile(
     r"\.?(?: information| material)?\s*$",
     re.IGNORECASE,
 )
-# A figure of another work: "Figure 2 of ref. 12", "Fig. 1 in Smith et al.", "[17, Fig. 3]", "Smith 2010, Fig. 2".
+# A figure of another work: "Figure 2 of ref. 12", "Fig. 1 in Smith et al.", "[17, Fig. 3]", "Smith 2010, Fig. 2",
+# "Smith et al. (Fig. 2)", "[8], p. 345-357, pl. 97, Figs. 1-12".
 _ELSEWHERE = re.compile(
-    r"\s*(?:in|of|from)\s+(?:refs?\b|references?\b|\[\d|[A-Z][\w'’-]+,?\s+(?:et al|and [A-Z]|&|[(\[]\d))"
+    r"\s*(?:in|of|from)\s+"
+    r"(?:refs?\b|references?\b|\[\d|(?:the|that|their)\s+original|[A-Z][\w'’-]+,?\s+(?:et al|and [A-Z]|&|[(\[]\d))"
 )
-_ELSEWHERE_BEFORE = re.compile(r"(?:\d{4}[a-z]?|\[\d+|\brefs?\.? \d+)\]?[,:]\s*(?:see )?$")
+_ELSEWHERE_BEFORE = re.compile(
+    r"(?:(?:\b\d{4}[a-z]?|\[\d+|\brefs?\.? \d+|\[\d+: ?[\d–-]+|\bpp?\. ?[\d–-]+|\bpls?\. ?[\d–-]+)\]?[,:]"
+    r"|\bet al\.?,? ?\()\s*(?:see )?$"
+)
+_LAST_HEAD = re.compile(r"fig(?:ure)?s?\.?\s*$", re.IGNORECASE)
 _BEFORE = 40
 """characters looked at before a mention"""
 
@@ -109,6 +118,7 @@ class Labels:
                 self._by_key.setdefault((scope, key), members)
         heads = {key.head for _, key in self._by_key}
         words = heads - {"figure"}
+        self._known: dict[tuple[str, Key, Key], tuple[list[int], bool]] = {}
         # As written and as begun with a capital: "Scheme 1", "scheme 1".
         self._pattern = _heads(frozenset(form for word in words for form in (word, word.capitalize())))
         self._marks = (*(("Fig", "fig", "FIG") if "figure" in heads else ()), *words, *map(str.capitalize, words))
@@ -139,45 +149,25 @@ class Labels:
         before = text[max(0, head.start() - _BEFORE) : head.start()]
         if _ELSEWHERE_BEFORE.search(before):
             return
-        qualifier = _QUALIFIER.search(before)
-        start = head.start() if qualifier is None else head.start() - len(before) + qualifier.start()
+        qualified = _QUALIFIER.search(before)
+        start = head.start() if qualified is None else head.start() - len(before) + qualified.start()
+        qualifier = qualified[1] if qualified else ""
         word = head.group().rstrip(".")
         plural = any(head.groupdict().values())
         name = _head(word[:-1] if plural and _head(word) != "figure" else word)
-        for n, keys, at, end in self._items(text, head.end(), name, qualifier[1] if qualifier else "", plural):
-            in_range = len({key._replace(panel="") for key in keys}) > 1
-            for key in keys:
-                for i in self._of(scope, key):
-                    yield Named(start if n == 0 else at, end, i, in_range)
+        for n, (first, last, at, end) in enumerate(_items(text, head.end(), name, qualifier, plural)):
+            figures, in_range = self._meant(scope, first, last)
+            for i in figures:
+                yield Named(start if n == 0 else at, end, i, in_range)
 
-    def _items(
-        self, text: str, position: int, head: str, qualifier: str, plural: bool
-    ) -> Iterator[tuple[int, list[Key], int, int]]:
-        """The numbers after a head: (how many came before, keys, start, end)."""
-        items: list[tuple[list[Key], int, int]] = []
-        item = _ITEM.match(text, position)
-        while item is not None:
-            last = _key(head, qualifier, item)
-            items.append(([last], item.start("number") - len(item["prefix"]), item.end()))
-            between = _BETWEEN.match(text, item.end())
-            if between is None:
-                break
-            ranged = between["by"] in _RANGE
-            item = _ITEM.match(text, between.end())
-            if item is None:
-                break
-            # "Figure 1, 20 mice" and "Fig. 2 to 5 mm" are not lists; "Fig. 2-4", "Fig. 1A, 2B", "Figs. 1, 2" are.
-            if not (plural or between["head"] or item["panel"] or (ranged and len(between["by"]) == 1)):
-                break
-            if ranged:
-                _, start, _ = items.pop()
-                items.append((_span(last, _key(head, qualifier, item)), start, item.end()))
-                between = _BETWEEN.match(text, item.end())
-                item = _ITEM.match(text, between.end()) if between is not None and plural else None
-        if items and _ELSEWHERE.match(text, items[-1][2]):
-            return
-        for n, (keys, start, end) in enumerate(items):
-            yield n, keys, start, end
+    def _meant(self, scope: str, first: Key, last: Key) -> tuple[list[int], bool]:
+        asked = (scope, first, last)
+        if asked not in self._known:
+            keys = [first] if first == last else _span(first, last)
+            figures = [i for key in keys for i in self._of(scope, key)]
+            in_range = first._replace(panel="") != last._replace(panel="")
+            self._known[asked] = (list(dict.fromkeys(figures)), in_range)
+        return self._known[asked]
 
     def _of(self, scope: str, key: Key) -> list[int]:
         for where in dict.fromkeys((scope, "")):
@@ -187,9 +177,44 @@ class Labels:
         return []
 
 
-def is_range(gap: str) -> bool:
-    """Whether what stands between two cross-references makes them the ends of a range."""
-    return len(gap) < 16 and _GAP.fullmatch(gap) is not None
+def _items(text: str, position: int, head: str, qualifier: str, plural: bool) -> list[tuple[Key, Key, int, int]]:
+    """The numbers after a head: (first, last, start, end), first and last being one but for a range."""
+    items: list[tuple[Key, Key, int, int]] = []
+    item = _ITEM.match(text, position)
+    start = position
+    while item is not None:
+        key = _key(head, qualifier, item)
+        items.append((key, key, start, item.end()))
+        between = _BETWEEN.match(text, item.end())
+        if between is None:
+            break
+        ranged = between["by"] in _RANGE
+        start = between.start("head") if between["head"] else between.end()
+        item = _ITEM.match(text, between.end())
+        # "Figure 1, 20 mice" and "Fig. 2 to 5 mm" are not lists; "Fig. 2-4", "Fig. 1A, 2B", "Figs. 1, 2" are.
+        if item is None or not (plural or between["head"] or item["panel"] or (ranged and len(between["by"]) == 1)):
+            break
+        if ranged:
+            first, _, since, _ = items.pop()
+            items.append((first, _key(head, qualifier, item), since, item.end()))
+            between = _BETWEEN.match(text, item.end())
+            if between is None or not plural:
+                break
+            start = between.end()
+            item = _ITEM.match(text, start)
+    if items and _ELSEWHERE.match(text, items[-1][3]):
+        return []
+    return items
+
+
+def is_range(text: str, start: int, until: int, since: int) -> bool:
+    """Whether a cross-reference at ``start:until`` and one from ``since`` on are the ends of a range of figures.
+
+    Publishers also link "Figs. 1-16" of another work's plate: what lies between such ends is not meant.
+    """
+    if not 0 < since - until < 16 or not _GAP.fullmatch(text, until, since):
+        return False
+    return not _ELSEWHERE_BEFORE.search(_LAST_HEAD.sub("", text[max(0, start - _BEFORE) : start]))
 
 
 def _span(a: Key, b: Key) -> list[Key]:

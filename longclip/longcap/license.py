@@ -18,7 +18,7 @@ _URL = re.compile(
 )
 _SHORT = re.compile(r"\bcc[\s_-]*(?P<terms>0|by(?:[\s_/-]*(?:nc|nd|sa)\b)*)[\s_v-]*(?P<version>\d\.\d)?", re.IGNORECASE)
 _LONG = re.compile(r"creative\s+commons(?:['’]s?)?\s+(?P<terms>\(?attribution.{0,80})", re.IGNORECASE | re.DOTALL)
-_ZERO = re.compile(r"public\s+domain\s+(?:dedication|declaration)|\bCC\s?(?:0|zero)\b", re.IGNORECASE)
+_ZERO = re.compile(r"public\s+domain\s+(?:dedication|declaration)|\bCC\s?zero\b", re.IGNORECASE)
 _TERMS = (
     ("nc", re.compile(r"non[\s-]*commercial|\bnc\b", re.IGNORECASE)),
     ("nd", re.compile(r"no[\s-]*deriv|\bnd\b", re.IGNORECASE)),
@@ -89,13 +89,12 @@ def _short(found: re.Match[str]) -> str:
 def _of_prose(text: str) -> str:
     if urls := [_of_url(found.group()) for found in _URL.finditer(text)]:
         return max(urls, key=_restrictions)
-    named = _LONG.search(text) or _SHORT.search(text)
-    if named is None or named["terms"] == "0":
-        zero = _ZERO.search(text)
-        return "" if zero is None else "CC0"
-    stated = named["terms"]
-    terms = [term for term, pattern in _TERMS if pattern.search(stated)]
-    if "nc" not in terms and _TERMS[0][1].search(text):
-        terms.insert(0, "nc")
+    named = _LONG.search(text)
+    short = _SHORT.search(text)
+    if named is None and (short is None or short["terms"] == "0"):
+        return "CC0" if short or _ZERO.search(text) else ""
+    stated = named["terms"] if named else short.group() if short else ""
+    # "Attribution License, which permits non-commercial use" is no plain Attribution.
+    terms = [term for term, pattern in _TERMS if pattern.search(text if term == "nc" else stated)]
     version = _VERSION.search(stated)
     return _name(terms, version[1] if version else None)

@@ -57,6 +57,7 @@ def article_element(data: bytes) -> Any:
     if len(data) > MAX_BYTES:
         raise BadArticle("too large", f"{len(data)} bytes, at most {MAX_BYTES}")
     data, encoding = _encoding(data)
+    data = _without_entities(data)
     parser = etree.XMLParser(
         resolve_entities=False,
         load_dtd=False,
@@ -67,9 +68,9 @@ def article_element(data: bytes) -> Any:
         encoding=encoding,
     )
     try:
-        root = etree.fromstring(_without_entities(data), parser)
+        root = etree.fromstring(data, parser)
     except etree.XMLSyntaxError as error:
-        raise BadArticle(_why(error), str(error)) from None
+        raise BadArticle(_why(error, data), str(error)) from None
     except (LookupError, ValueError) as error:  # an encoding that libxml2 does not know
         raise BadArticle("wrong encoding", str(error)) from None
     if root.tag == "article":
@@ -114,12 +115,15 @@ def _without_entities(data: bytes) -> bytes:
     own = {name for _, name in declared}
     if any(percent for percent, _ in declared):
         raise BadArticle("entity expansion", "the DOCTYPE declares a parameter entity")
+    declarations_end = data.find(b">", data.rfind(b"<!ENTITY")) if own else 0
 
     def number(found: re.Match[bytes]) -> bytes:
         name = found[1]
         known = html5.get(name.decode("latin-1") + ";")
         if known is not None:
             return "".join(f"&#{ord(c)};" for c in known).encode()
+        if name in own and found.start() < declarations_end:
+            return found.group()  # one declaration that names another
         if name in own:
             raise BadArticle("entity expansion", f"&{name.decode('latin-1')}; is declared in the file itself")
         return b"&amp;" + name + b";"
@@ -127,7 +131,7 @@ def _without_entities(data: bytes) -> bytes:
     return _ENTITY.sub(number, data) if b"&" in data else data
 
 
-def _why(error: Any) -> str:
+def _why(error: Any, data: bytes) -> str:
     text, code = str(error).lower(), error.code
     types = etree.ErrorTypes
     if "excessive depth" in text or "xml_parse_huge" in text:
@@ -138,6 +142,7 @@ def _why(error: Any) -> str:
         return "wrong encoding"
     if code in (types.ERR_ENTITY_LOOP, types.ERR_UNDECLARED_ENTITY) or "amplification" in text:
         return "entity expansion"
-    if code in (types.ERR_TAG_NOT_FINISHED, types.ERR_DOCUMENT_END) or "premature end" in text:
+    cut = b"<article" in data and not data.rstrip().endswith(b">")  # within a tag
+    if cut or code in (types.ERR_TAG_NOT_FINISHED, types.ERR_DOCUMENT_END) or "premature end" in text:
         return "truncated"
     return "not XML"
