@@ -13,6 +13,7 @@ from longclip.data.order import PERIOD, Mixture, Order, permutation, uniforms
 sizes = st.lists(st.integers(min_value=0, max_value=40), min_size=1, max_size=40).filter(lambda s: sum(s) > 0)
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(0, 2**31), st.integers(1, 7), st.integers(0, 3))
 def test_each_epoch_is_the_multiset_of_the_index(sizes: list[int], seed: int, block: int, epoch: int) -> None:
     order = Order(sizes, seed, block)
@@ -23,6 +24,7 @@ def test_each_epoch_is_the_multiset_of_the_index(sizes: list[int], seed: int, bl
     assert Counter((shard, i) for _, shard, i in located) == everything
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(0, 99), st.integers(1, 5))
 def test_a_block_reads_from_few_shards(sizes: list[int], seed: int, block: int) -> None:
     """Within any stretch of the order between block boundaries, at most ``block`` shards are open."""
@@ -62,7 +64,7 @@ def test_draws_are_pinned() -> None:
     assert [round(x, 12) for x in uniforms(2, 0, "crop", 0, 1, 2).tolist()] == PINNED_UNIFORMS
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 200), st.integers(0, 10))
 def test_uniforms_are_in_range(n: int, seed: int) -> None:
     values = uniforms(n, seed)
