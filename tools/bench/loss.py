@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    print(
-        f"{args.kind}, fp32, dim {args.dim}, {args.threads} threads, median of {args.repeats}; {platform.processor()}"
-    )
+    cpu = Path("/proc/cpuinfo").read_text().split("model name", 1)[-1].partition("\n")[0].strip("\t: ")
+    machine = f"{args.threads} threads of {cpu}, torch {version('torch')}"
+    print(f"{args.kind}, forward and backward, fp32, dim {args.dim}, median of {args.repeats}; {machine}")
     print(f"{'pairs':>8} {'method':8} {'seconds':>9} {'growth GiB':>11} {'loss':>12}")
     for pairs in args.pairs:
         found = {}
