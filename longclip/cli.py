@@ -384,6 +384,23 @@ def site_init(
 
 
 @app.command()
+def export(
+    target: Run,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="best (by validation), last, or a step.")] = "best",
+    dest: Annotated[Path | None, typer.Option("--to", help="A new folder; by default RUN-FORMAT, here.")] = None,
+    form: Annotated[str, typer.Option("--format", help="transformers or open_clip.")] = "transformers",
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """A trained model as a folder that others load without longclip; needs longclip[train]."""
+    from longclip.launch.export import export as write
+
+    (run,) = _single(_find(site, runs, target))
+    done = write(run, checkpoint, dest or Path(f"{run.name}-{form}"), form)
+    print(f"wrote {done.folder} ({done.checkpoint}, {done.samples:,} samples); how to use it: {done.folder}/README.md")
+
+
+@app.command()
 def prune(
     target: Target = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without, it is only shown.")] = False,

@@ -6,7 +6,7 @@ allocates them (runtime/zero/stage_1_and_2.py, stage3.py) with its default bucke
 
     stage   weights    optimizer (fp32)     backward adds                     step adds
     0       4n         8n                   gradients 4n, bucket              gradients 4n, AdamW
-    1, 2    wn         12n/R                bucket, its reduction             bucket, fp32 gradients 4n/R, AdamW
+    1, 2    wn         12n/R                bucket, its reduction             bucket, copies of gradients, AdamW
     3       wn/R       12n/R + wn/R         bucket, its reduction, gathered   bucket, their copies, AdamW
                                             weights wn, gradients wn
 
@@ -112,10 +112,10 @@ def _by_stage(n: int, w: int, stage: int, ranks: int, on_gpu: bool, largest: int
     adam = 0 if on_gpu else 8
     if stage == 0:
         return 4 * n, 8 * n, 4 * n + reduced, 4 * n + adam * largest
+    copies = 4 if w == 4 else w + 4  # bf16 gradients are laid end to end first
     if stage < 3:
-        return w * n, 12 * part, bucket + reduced, bucket + (4 + adam) * part
+        return w * n, 12 * part, bucket + reduced, bucket + (copies + adam) * part
     reduction = reduced if ranks > 1 else 0
-    copies = 4 if w == 4 else w + 4
     return w * part, (12 + w) * part, bucket + 2 * w * n + reduction, bucket + (copies + adam) * part
 
 
@@ -145,7 +145,7 @@ def kept_by(tower: Tower, tokens: float, seen: float, w: int, checkpointing: boo
     widths, inner = SAVED[tower.kind]
     if tower.activation == "quick_gelu":  # x * sigmoid(1.702 x) keeps the sigmoid too
         inner += 1
-    layer = w * (widths * tower.width + inner * tower.inner) + 4 * tower.heads
+    layer: float = w * (widths * tower.width + inner * tower.inner) + 4 * tower.heads
     if tower.dropout:
         # Masks of two branches; attention that drops is not fused, and keeps its scores in fp32, three times.
         layer += 2 * w * tower.width + 12 * tower.heads * seen
