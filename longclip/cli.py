@@ -95,6 +95,34 @@ def check(paths: Paths, set_: Sets = None) -> None:
 
 
 @app.command()
+def estimate(
+    paths: Paths,
+    set_: Sets = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="As in h100-80g; by default the site's gpu_type.")] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", help="How many: 4, or 1,4,16 for a row each.")] = None,
+    utilisation: Annotated[float, typer.Option("--utilisation", min=0.01, max=1, help="Of the GPU's peak.")] = 0.35,
+    as_json: Json = False,
+    site: SiteName = None,
+) -> None:
+    """Parameters, memory per GPU at every ZeRO stage, time and GPU-hours, disk: before anything is queued."""
+    from longclip import screen
+    from longclip.experiment.load import load
+    from longclip.launch.forecast import forecasts
+    from longclip.train.gpus import named, of_site
+
+    profile = _site(site, None)
+    device = of_site(profile.gpu_type) if gpu is None else named(gpu)
+    counts = gpus.split(",") if gpus else []
+    if not all(count.isdecimal() and int(count) > 0 for count in counts):
+        raise UserError(f"--gpus {gpus}: valid is a number, or several with commas: 1,4,16")
+    found, notes = forecasts(load(paths, set_), profile, device, [int(count) for count in counts], utilisation)
+    if as_json:
+        print(json.dumps([e.as_dict() for e in found], indent=1))
+    else:
+        screen.print_estimates(found, notes, device, utilisation)
+
+
+@app.command()
 def submit(
     paths: Paths,
     set_: Sets = None,
@@ -121,7 +149,7 @@ def submit(
     if canary and on != "slurm":
         raise UserError("--canary is for Slurm's queue, where the runs wait for it")
     plans = plan(load(paths, set_), profile)
-    screen.print_plans(plans, profile.name)
+    screen.print_plans(plans, profile)
     if dry_run:
         if not screen.print_dry_run(plans, profile):
             raise typer.Exit(3)
@@ -154,7 +182,7 @@ def retry(
             raise UserError(
                 f"{run.path}: retry would begin {one.run.path} instead: data or weights have changed, or --runs"
             )
-    screen.print_plans(plans, profile.name)
+    screen.print_plans(plans, profile)
     if code := carry_out(plans, profile, on, wait):
         raise typer.Exit(code)
 
@@ -355,6 +383,23 @@ def site_init(
     ask = None if yes or not sys.stdin.isatty() else typer.prompt
     file, site = write_profile(name, dest, ask)
     print(f"wrote {file}\nnext: longclip doctor --site {site}")
+
+
+@app.command()
+def export(
+    target: Run,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="best (by validation), last, or a step.")] = "best",
+    dest: Annotated[Path | None, typer.Option("--to", help="A new folder; by default RUN-FORMAT, here.")] = None,
+    form: Annotated[str, typer.Option("--format", help="transformers or open_clip.")] = "transformers",
+    site: SiteName = None,
+    runs: Runs = None,
+) -> None:
+    """A trained model as a folder that others load without longclip; needs longclip[train]."""
+    from longclip.launch.export import export as write
+
+    (run,) = _single(_find(site, runs, target))
+    done = write(run, checkpoint, dest or Path(f"{run.name}-{form}"), form)
+    print(f"wrote {done.folder} ({done.checkpoint}, {done.samples:,} samples); how to use it: {done.folder}/README.md")
 
 
 @app.command()

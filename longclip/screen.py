@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from longclip.launch.prune import Pruning
     from longclip.launch.scheduler import Words
     from longclip.launch.site import Site
+    from longclip.train.estimate import Estimate
+    from longclip.train.gpus import Gpu
 
 # In a log file a row stays on its line, however long.
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 500)
@@ -30,13 +32,14 @@ PLAIN_SECONDS, LIVE_SECONDS, SLURM_SECONDS = 20.0, 2.0, 10.0
 """Time between two lines in a log file, and between two pictures on a terminal (where squeue is asked, the last)"""
 
 
-def print_plans(plans: Sequence[Plan], site: str) -> None:
+def print_plans(plans: Sequence[Plan], site: Site) -> None:
     """The table of what submit is about to do."""
+    from longclip.launch.forecast import columns
     from longclip.launch.snapshot import code_hash, commit
 
-    out.print(f"site {site} · code {commit() or 'installed'} ({code_hash()})", highlight=False)
+    out.print(f"site {site.name} · code {commit() or 'installed'} ({code_hash()})", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("run", "action", "why", "window", "samples", "ranks"):
+    for column in ("run", "action", "why", "window", "samples", "ranks", "rank-h", "disk"):
         table.add_column(column, overflow="fold")
     for p in plans:
         samples = f"{p.resolved.samples:,}" if p.resolved.samples else "?"
@@ -48,9 +51,40 @@ def print_plans(plans: Sequence[Plan], site: str) -> None:
             str(p.experiment.model.context_length),
             samples,
             f"{ask.nodes} x {ask.ranks_per_node} {'GPU' if ask.gpus_per_node else 'CPU'}",
+            *columns(p, site),
         )
     out.print(table)
     print_time_warnings(p.experiment for p in plans if p.queues)
+
+
+def print_estimates(estimates: Sequence[Estimate], notes: Iterable[str], gpu: Gpu | None, utilisation: float) -> None:
+    """The parts of the models, the table, and what the numbers rest on."""
+    from longclip.launch.forecast import table
+
+    for parts in dict.fromkeys(tuple(e.parameters.items()) for e in estimates):
+        names = ", ".join(e.name for e in estimates if tuple(e.parameters.items()) == parts)
+        said = ", ".join(f"{part} {count:,}" for part, count in parts)
+        out.print(f"parameters {sum(dict(parts).values()):,} ({said}): {_once(names)}", highlight=False)
+    out.print(table(estimates, gpu))
+    if gpu is None:
+        out.print(
+            "no GPU named: no time; memory is that of CPU ranks, unless the experiment asks for GPUs (--gpu NAME)"
+        )
+    else:
+        out.print(
+            f"{gpu.name}: {gpu.memory_gib:g} GiB; time at {utilisation:.0%} of its peak, recomputation counted, "
+            "without evaluation and waiting; ZeRO and micro: the cheapest that fit",
+            highlight=False,
+        )
+    for line in notes:
+        out.print(line, highlight=False, markup=False)
+    sizes = sorted({(e.checkpoint_bytes, e.disk_bytes) for e in estimates})
+    for one, all_ in sizes:
+        out.print(f"a checkpoint is {size(one)}; a run keeps up to {size(all_)}", highlight=False)
+
+
+def _once(names: str) -> str:
+    return ", ".join(dict.fromkeys(names.split(", ")))
 
 
 def print_time_warnings(experiments: Iterable[Experiment]) -> None:

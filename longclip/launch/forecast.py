@@ -1,0 +1,172 @@
+"""Estimates of experiments with what this site knows: its GPUs, the towers' configurations, the datasets' captions.
+
+A run that has trained already is measured, not estimated: its speed is in its journal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from longclip.data.shards import Dataset, open_dataset
+from longclip.errors import LongclipError, UserError
+from longclip.experiment.load import Loaded
+from longclip.experiment.schema import Experiment
+from longclip.launch.plan import Plan
+from longclip.launch.resolve import resolve
+from longclip.launch.site import Site
+from longclip.model.shape import Shape, shape_of
+from longclip.run.journal import effective, series
+from longclip.train.estimate import UTILISATION, Captions, Estimate, estimate, published
+from longclip.train.gpus import Gpu, of_site
+
+CAPTIONS = 2000
+"""captions that are tokenized, evenly over the dataset; the mean of 2,000 such lengths is good to 2 %"""
+
+
+def forecasts(
+    loaded: Sequence[Loaded], site: Site, gpu: Gpu | None, ranks: Sequence[int], utilisation: float
+) -> tuple[list[Estimate], list[str]]:
+    """An estimate for every experiment and every number of ``ranks`` (none given: the experiment's own), and notes.
+
+    Raises UserError where a tower's configuration is not to be had, or the batch does not divide.
+    """
+    found: list[Estimate] = []
+    notes: dict[str, list[str]] = {}
+    for one in loaded:
+        experiment = one.experiment
+        resolved = resolve(experiment, site)
+        shape = _shape(experiment, resolved.paths)
+        captions = _captions(experiment, resolved.paths)
+        notes.setdefault(f"tokens of captions: {captions.source}", []).append(experiment.name)
+        samples = resolved.samples or experiment.train.samples
+        if samples is None:
+            unknown = f"data.train {experiment.data.train!r} is not here, so the length of {experiment.train.epochs:g} "
+            unknown += "epochs is not known: hours are those of a million pairs"
+            notes.setdefault(unknown, []).append(experiment.name)
+        for count in ranks or [experiment.slurm.ranks]:
+            if experiment.train.global_batch % count:
+                raise UserError(
+                    f"--gpus {count}: a batch of {experiment.train.global_batch} does not divide among them"
+                )
+            found.append(estimate(experiment, shape, captions, count, gpu, utilisation, samples))
+    return found, [f"{', '.join(names)}: {note}" for note, names in notes.items()]
+
+
+def _shape(experiment: Experiment, paths: dict[str, str]) -> Shape:
+    configs = {side: _config(experiment, side, paths) for side in ("image", "text")}
+    return shape_of(experiment.model, configs["image"], configs["text"])
+
+
+def _config(experiment: Experiment, side: str, paths: dict[str, str]) -> dict[str, Any]:
+    """A tower's transformers configuration; of a checkpoint with both towers that of this side."""
+    tower = getattr(experiment.model, side)
+    if tower.config is not None:
+        return dict(tower.config)
+    key = f"model.{side}.tower"
+    if key not in paths:
+        raise UserError(f"{key}: {tower.tower} is not here, so its size is not known")
+    config: dict[str, Any] = json.loads((Path(paths[key]) / "config.json").read_text(encoding="utf-8"))
+    part = config.get("vision_config" if side == "image" else "text_config")
+    kind = f"{config['model_type']}_{'vision' if side == 'image' else 'text'}_model"
+    return config if part is None else {"model_type": kind, **part}
+
+
+def _captions(experiment: Experiment, paths: dict[str, str]) -> Captions:
+    """Measured where the training shards are indexed here and the tokenizer can be read without transformers."""
+    tokenizer = Path(paths.get("model.text.tokenizer") or paths.get("model.text.tower") or "") / "tokenizer.json"
+    if "data.train" not in paths or not tokenizer.is_file():
+        return published()
+    return _measured(paths["data.train"], experiment.data.text, str(tokenizer))
+
+
+@lru_cache
+def _measured(folder: str, field: str, tokenizer: str) -> Captions:
+    from tokenizers import Tokenizer
+
+    encoder = Tokenizer.from_file(tokenizer)
+    encoder.no_truncation()
+    encoder.no_padding()
+    dataset = open_dataset(folder)
+    texts = _texts(dataset, field)
+    lengths = tuple(len(encoding.ids) for encoding in encoder.encode_batch(texts))
+    return Captions(lengths, f"{len(lengths):,} of {len(dataset):,} training captions")
+
+
+def _texts(dataset: Dataset, field: str) -> list[str]:
+    ends = np.cumsum(dataset.sizes)
+    texts = []
+    for position in np.linspace(0, len(dataset) - 1, min(CAPTIONS, len(dataset))).astype(int).tolist():
+        shard = int(np.searchsorted(ends, position, side="right"))
+        _, text, fields = dataset.fields_and_text(shard, position - (int(ends[shard - 1]) if shard else 0))
+        texts.append(str(text if field == "txt" else fields.get(field) or ""))
+    return texts
+
+
+# ---- submit's columns --------------------------------------------------------------------------------------------
+
+
+def columns(plan: Plan, site: Site) -> tuple[str, str]:
+    """GPU-hours (or CPU-hours) that a planned run still takes, and GB on disk; ``?`` where nobody can say."""
+    if not plan.queues:
+        return "0", "0"
+    experiment = plan.experiment
+    try:
+        shape = _shape(experiment, plan.resolved.paths)
+    except LongclipError:
+        return "?", "?"
+    gpu = of_site(site.gpu_type) if experiment.slurm.gpus_per_node else None
+    captions = _captions(experiment, plan.resolved.paths) if gpu else published()
+    guess = estimate(experiment, shape, captions, experiment.slurm.ranks, gpu, UTILISATION, plan.resolved.samples)
+    hours = guess.rank_hours if plan.resolved.samples else None
+    points = effective(plan.run) if plan.run.exists() else []
+    speeds = [value for _, value in series(points, "speed/samples_per_second")][-10:]
+    if speeds and plan.resolved.samples:
+        left = plan.resolved.samples - points[-1].samples
+        hours = max(0, left) / median(speeds) / 3600 * experiment.slurm.ranks
+    return "?" if hours is None else f"{hours:.2g}", f"{guess.disk_bytes / 1e9:.2g} GB"
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+
+def table(estimates: Sequence[Estimate], gpu: Gpu | None) -> Table:
+    """One row an experiment and number of ranks. GiB are of one rank."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    per_million = any(e.samples is None for e in estimates)
+    unit = "GPU" if gpu else "rank"
+    numbers = ("window", "tokens", "GFLOP/pair", f"{unit}s", "batch/rank", "micro", "ZeRO", "GiB", "of it activations")
+    stages = sorted({stage for e in estimates for stage in e.by_stage})
+    of_stages = tuple(f"GiB at {stage}" for stage in stages)
+    times = ("pairs/s", "h/M pairs" if per_million else "h", f"{unit}-h") if gpu else ()
+    for column in ("run", *numbers, *of_stages, *times, ""):
+        made.add_column(column, justify="left" if column in ("run", "") else "right")
+    for e in estimates:
+        timed = (_number(e.samples_per_second), _number(e.hours), _number(e.rank_hours)) if gpu else ()
+        made.add_row(
+            e.name,
+            str(e.window),
+            f"{e.tokens:.0f}",
+            f"{e.flops / 1e9:,.1f}",
+            str(e.ranks),
+            str(e.share),
+            str(e.micro_batch),
+            str(e.stage),
+            f"{e.memory.peak / 2**30:.1f}",
+            f"{e.memory.activations / 2**30:.1f}",
+            *(f"{e.by_stage[s] / 2**30:.1f}" if s in e.by_stage else "-" for s in stages),
+            *timed,
+            "does not fit" if e.fits is False else "",
+        )
+    return made
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2g}"

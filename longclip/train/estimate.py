@@ -1,0 +1,168 @@
+"""What a run will need: parameters, memory per rank at every ZeRO stage, time at a stated utilisation, disk. No torch.
+
+Time counts what is computed: three forwards' worth for a step, a fourth where activations are recomputed, another where
+gradients are cached between two passes. ``utilisation`` is the share of the GPU's peak (``gpus.py``) that these reach.
+What is not computed (waiting for data, evaluation, checkpoints, queues) is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+from longclip.experiment.schema import Experiment
+from longclip.model.shape import Shape
+from longclip.train.gpus import Gpu
+from longclip.train.memory import Memory, memory
+
+UTILISATION = 0.35
+"""of the peak, unless said otherwise"""
+USABLE = 0.92
+"""share of a GPU's memory that a run may plan with; the rest is lost to fragments"""
+CHECKPOINT_BYTES = 12
+"""of a parameter: its fp32 weight and Adam's two moments"""
+MEDIAN, SIGMA = 125.0, 0.69
+"""tokens of a caption, lognormal: through the published waste of 55 % at 77 and 2.2 % at 512 (arXiv 2510.03978)"""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Lengths of captions in tokens, before the window cuts them, and where they are from."""
+
+    lengths: tuple[int, ...]
+    source: str
+
+    def within(self, window: int) -> tuple[int, ...]:
+        return tuple(min(n, window) for n in self.lengths)
+
+
+def published() -> Captions:
+    """A thousand quantiles of the lognormal that has the paper's waste."""
+    normal = NormalDist(math.log(MEDIAN), SIGMA)
+    lengths = tuple(max(2, round(math.exp(normal.inv_cdf((k + 0.5) / 1000)))) for k in range(1000))
+    return Captions(lengths, "published distribution (waste 55 % at 77, 2.2 % at 512)")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One experiment on some number of ranks."""
+
+    name: str
+    window: int
+    ranks: int
+    stage: int
+    """as the experiment says, or the lowest at which it fits"""
+    share: int
+    """pairs of the global batch on one rank"""
+    micro_batch: int
+    """of these, how many run at once"""
+    fits: bool | None
+    """None where the GPU is not known"""
+    memory: Memory
+    by_stage: dict[int, int]
+    """peak bytes at every stage, with the experiment's own micro batch"""
+    parameters: dict[str, int]
+    tokens: float
+    """of a caption within the window, on average"""
+    flops: float
+    """of the model, forward and backward, for one pair"""
+    samples: int | None
+    """pairs of the whole run; None where the dataset is not here"""
+    samples_per_second: float | None
+    hours: float | None
+    """of the whole run, or of a million pairs where its length is not known"""
+    checkpoint_bytes: int
+    disk_bytes: int
+    """with all checkpoints that are kept, and one that is being written"""
+
+    @property
+    def rank_hours(self) -> float | None:
+        return None if self.hours is None else self.hours * self.ranks
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "rank_hours": self.rank_hours}
+
+
+def estimate(
+    experiment: Experiment,
+    shape: Shape,
+    captions: Captions,
+    ranks: int,
+    gpu: Gpu | None,
+    utilisation: float = UTILISATION,
+    samples: int | None = None,
+) -> Estimate:
+    """Of ``experiment`` on ``ranks`` ranks, each with one ``gpu`` (None: on CPUs, or on a device not in the table).
+
+    With a GPU the stage is the experiment's if that fits, else the lowest that does, else the lowest that does with a
+    smaller micro batch. ``ranks`` has to divide the global batch.
+    """
+    window, train = experiment.model.context_length, experiment.train
+    lengths = captions.within(window)
+    share = train.global_batch // ranks
+    own = share if experiment.engine.micro_batch == "auto" else experiment.engine.micro_batch
+
+    def at(stage: int, micro_batch: int) -> Memory:
+        return memory(
+            shape,
+            lengths,
+            micro_batch=micro_batch,
+            global_batch=train.global_batch,
+            precision=train.precision,
+            stage=stage,
+            ranks=ranks,
+            checkpointing=experiment.engine.activation_checkpointing,
+            on_gpu=gpu is not None or experiment.slurm.gpus_per_node > 0,
+        )
+
+    stages = [s for s in range(4) if s > 0 or train.precision == "fp32"]
+    by_stage = {s: at(s, own).peak for s in stages}
+    stage: int = experiment.engine.zero_stage
+    micro, fits = own, None
+    if gpu is not None:
+        room = USABLE * gpu.memory_gib * 2**30
+        found = _cheapest(at, [stage, *(s for s in stages if s != stage)], own, share, room)
+        fits = found is not None
+        stage, micro = found or (stage, own)
+    flops = 3.0 * shape.forward_flops(lengths, len(lengths)) / len(lengths)
+    passes = 3 + experiment.engine.activation_checkpointing + (micro < share)
+    peak = None if gpu is None else gpu.peak(train.precision)
+    speed = ranks * peak * utilisation / (flops * passes / 3) if peak is not None else None
+    kept = experiment.checkpoint.keep.last + experiment.checkpoint.keep.best + 1
+    checkpoint = CHECKPOINT_BYTES * shape.total
+    return Estimate(
+        name=experiment.name,
+        window=window,
+        ranks=ranks,
+        stage=stage,
+        share=share,
+        micro_batch=micro,
+        fits=fits,
+        memory=at(stage, micro),
+        by_stage=by_stage,
+        parameters=shape.parameters(),
+        tokens=sum(lengths) / len(lengths),
+        flops=flops,
+        samples=samples,
+        samples_per_second=speed,
+        hours=None if speed is None else (samples or 10**6) / speed / 3600,
+        checkpoint_bytes=checkpoint,
+        disk_bytes=kept * checkpoint,
+    )
+
+
+def _cheapest(
+    at: Callable[[int, int], Memory], stages: Sequence[int], own: int, share: int, room: float
+) -> tuple[int, int] | None:
+    """The stage and micro batch to take. Fewer pairs at once cost a forward more, a higher stage only exchange."""
+    for stage in stages:
+        if at(stage, own).peak <= room:
+            return stage, own
+    for micro in (m for m in range(own - 1, 0, -1) if share % m == 0):
+        for stage in stages:
+            if at(stage, micro).peak <= room:
+                return stage, micro
+    return None
