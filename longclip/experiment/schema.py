@@ -62,6 +62,7 @@ class ImageTower(Section):
     @model_validator(mode="after")
     def _source(self) -> ImageTower:
         _one_source(self.tower, self.config, ("clip_vision_model", "vit"))
+        _layers(self.freeze, self.config)
         return self
 
 
@@ -78,6 +79,7 @@ class TextTower(Section):
     @model_validator(mode="after")
     def _source(self) -> TextTower:
         _one_source(self.tower, self.config, ("modernbert", "bert"))
+        _layers(self.freeze, self.config)
         if self.tokenizer is None and self.tower is None:
             raise bad("tokenizer", "missing: a tower made from a config needs a tokenizer (a folder or a hub id)")
         return self
@@ -92,6 +94,13 @@ def _one_source(tower: str | None, config: dict[str, Any] | None, types: tuple[s
         )
     if config is not None and config.get("model_type") not in types:
         raise bad("config.model_type", f"is {config.get('model_type')!r}; known here: {', '.join(types)}")
+
+
+def _layers(freeze: int | str | None, config: dict[str, Any] | None) -> None:
+    """Towers from weights are asked when they are loaded (model/freeze.py)."""
+    layers = (config or {}).get("num_hidden_layers")
+    if isinstance(freeze, int) and isinstance(layers, int) and freeze > layers:
+        raise bad("freeze", f"is {freeze}, but the tower has {layers} layers; at most {layers}, or all")
 
 
 class Model(Section):
