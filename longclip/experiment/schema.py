@@ -69,6 +69,7 @@ class ImageTower(Section):
         _one_source(self.tower, self.config, kinds.IMAGE)
         if self.config is not None and (why := kinds.image_pool(self.config["model_type"], self.pool)):
             raise bad("pool", why)
+        _layers(self.freeze, self.config)
         return self
 
 
@@ -94,6 +95,7 @@ class TextTower(Section):
             raise bad("keep", "is of no effect without 'positions: stretch'")
         if self.config is not None and (why := kinds.text_pool(self.config["model_type"], self.pool)):
             raise bad("pool", why)
+        _layers(self.freeze, self.config)
         if self.tokenizer is None and self.tower is None:
             raise bad("tokenizer", "missing: a tower made from a config needs a tokenizer (a folder or a hub id)")
         return self
@@ -120,6 +122,13 @@ class Init(Section):
     model_config = ConfigDict(serialize_by_alias=True)
 
     source: Annotated[str, Field(alias="from", min_length=1)]
+
+
+def _layers(freeze: int | str | None, config: dict[str, Any] | None) -> None:
+    """Towers from weights are asked when they are loaded (model/freeze.py)."""
+    layers = (config or {}).get("num_hidden_layers")
+    if isinstance(freeze, int) and isinstance(layers, int) and freeze > layers:
+        raise bad("freeze", f"is {freeze}, but the tower has {layers} layers; at most {layers}, or all")
 
 
 class Model(Section):

@@ -120,6 +120,14 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         swap("zero_stage: 2", "zero_stage: 2\n  deepspeed: {gradient_accumulation_steps: 2}"),
         "bad.yaml:16: engine.deepspeed.gradient_accumulation_steps: is decided by engine.micro_batch (it keeps all",
     ),
+    "more layers to freeze than there are": (
+        swap("{config: {model_type: vit}}", "{config: {model_type: vit, num_hidden_layers: 3}, freeze: 4}"),
+        "bad.yaml:4: model.image.freeze: is 4, but the tower has 3 layers; at most 3, or all",
+    ),
+    "a word that freezes nothing": (
+        swap("{config: {model_type: vit}}", "{config: {model_type: vit}, freeze: lower}"),
+        "bad.yaml:4: model.image.freeze: is 'lower'; input should be 'all'",
+    ),
     "loss that nobody knows": (
         swap("lr: 5e-4", "lr: 5e-4\n  loss: siglip"),
         "bad.yaml:14: train.loss: is 'siglip'; input should be 'contrastive' or 'sigmoid'",
