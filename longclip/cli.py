@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Shards: synthesize, index.", no_args_is_help=True)
+data_app = typer.Typer(help="Shards: synthesize, index, tokens.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 site_app = typer.Typer(help="Site profiles: init.", no_args_is_help=True)
 app.add_typer(site_app, name="site")
@@ -414,6 +414,47 @@ def index(
     print(f"indexed {done.samples:,} samples in {done.shards} shards -> {done.folder}/index.json")
     for reason, count in done.skipped.items():
         print(f"! skipped {count:,}: {reason}")
+
+
+class _Numbers(typer.core.TyperCommand):
+    """``--windows 77 154`` as well as ``--windows 77 --windows 154``: numbers after the option belong to it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        for before, word in zip(["", *args], args, strict=False):
+            if word.isdecimal() and before.isdecimal() and spread[-2:-1] == ["--windows"]:
+                spread.append("--windows")
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+@data_app.command(cls=_Numbers)
+def tokens(
+    shards: Annotated[list[str], typer.Argument(help="Indexed folders, or FOLDER/GLOB.tar.", show_default=False)],
+    tokenizer: Annotated[
+        str, typer.Option("--tokenizer", help="A folder, tokenizer.json, vocab.txt, CLIP's bpe_*.txt.gz, or a hub id.")
+    ],
+    windows: Annotated[list[int], typer.Option("--windows", min=1, help="In tokens.")] = [77, 154, 256, 512],  # noqa: B006
+    text: Annotated[str, typer.Option("--text", metavar="FIELD", help="txt, or a field of the json member.")] = "txt",
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes.")] = 1,
+    dest: Annotated[Path | None, typer.Option("--out", help="Folder for waste.csv, lengths.csv, tokens.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How many tokens each window cuts off, and how many places padding leaves empty."""
+    from longclip.data import waste_report
+    from longclip.data.waste import measure
+
+    with waste_report.progress() as advance:
+        lengths = measure(shards, tokenizer, text, workers, advance)
+    if as_json:
+        print(json.dumps(lengths.as_dict(windows), indent=1))
+    else:
+        Console(soft_wrap=True).print(waste_report.table(lengths, windows))
+    for shard, count in lengths.without.items():
+        print(f"! no text {text!r} in {count:,} samples of {shard}", file=sys.stderr)
+    if dest is not None:
+        files = waste_report.write(lengths, windows, dest)
+        print(f"wrote {', '.join(map(str, files))}", file=sys.stderr if as_json else sys.stdout)
 
 
 @data_app.command()
