@@ -32,7 +32,7 @@ data_app = typer.Typer(help="Shards: synthesize, index, tokens.", no_args_is_hel
 app.add_typer(data_app, name="data")
 site_app = typer.Typer(help="Site profiles: init.", no_args_is_help=True)
 app.add_typer(site_app, name="site")
-longcap_app = typer.Typer(help="Articles to shards: build.", no_args_is_help=True)
+longcap_app = typer.Typer(help="Articles to shards: fetch, build.", no_args_is_help=True)
 app.add_typer(longcap_app, name="longcap")
 
 _debug = False
@@ -512,6 +512,48 @@ def longcap_build(
         seed=seed,
     )
     build(src, dest, options, workers, (_site(site, None), time_limit) if on == "slurm" else None)
+
+
+@longcap_app.command()
+def fetch(
+    dest: Annotated[Path, typer.Argument(help="Folder of the articles, one folder each.")],
+    articles: Annotated[list[str] | None, typer.Argument(help="PMC13901, or one version: PMC13901.1")] = None,
+    ids: Annotated[Path | None, typer.Option("--ids", help="File with a PMCID a line, or ESearch's JSON.")] = None,
+    licenses: Annotated[str | None, typer.Option("--licenses", help='Only these: "CC BY,CC0".')] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Articles after which it is enough.")] = None,
+    source: Annotated[str | None, typer.Option("--from", help="A mirror's URL, or a folder laid out like it.")] = None,
+    rate: Annotated[float, typer.Option("--rate", help="Requests a second.")] = 10.0,
+    connections: Annotated[int, typer.Option("--connections", help="Articles at a time.")] = 4,
+    contact: Annotated[
+        str, typer.Option("--contact", envvar="LONGCLIP_CONTACT", help="Mail or URL for the User-Agent.")
+    ] = "",
+) -> None:
+    """Fetch articles and their images from PMC's open bucket: named ones, or all of a licence. The same call resumes.
+
+    Without articles or --ids, --licenses walks the service's whole inventory (see --limit).
+    """
+    import shlex
+
+    from longclip.longcap import pmc
+    from longclip.longcap.fetch import FAILED, fetch, report
+    from longclip.longcap.polite import Manners
+    from longclip.longcap.store import open_store
+
+    wanted = pmc.parse_licenses(licenses) if licenses is not None else None
+    store = open_store(source or pmc.BUCKET, Manners(rate=rate, connections=connections, contact=contact))
+    named = pmc.choose(articles or [], ids)
+    if named is None and wanted is None:
+        raise UserError("fetch what?", "name articles (PMC13901), or --ids FILE, or all of a licence: --licenses CC0")
+    outcome = fetch(store, named or pmc.inventory(store, dest / ".inventory"), dest, wanted, limit, connections)
+    again = ["longclip", "longcap", "fetch", dest, "--ids", dest / FAILED]
+    again += [w for o, v in (("--from", source), ("--licenses", licenses)) if v is not None for w in (o, v)]
+    report(outcome, dest, shlex.join(map(str, again)))
+    if outcome.stopped:
+        raise (LongclipError if outcome.stopped == "interrupted" else SiteError)(
+            f"stopped: {outcome.stopped}", "the same command continues"
+        )
+    if outcome.failed:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

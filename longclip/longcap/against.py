@@ -31,7 +31,7 @@ def evaluation_hashes(places: Sequence[str]) -> tuple[NDArray[np.uint64], int]:
         with progress(f"images of {place}", None) as tell:
             for i, data in enumerate(_images(place)):
                 try:
-                    found.add(images.perceptual_hash(data))
+                    found.add(images.encode(data).phash)
                     readable += 1
                 except images.BadImage:
                     unreadable += 1

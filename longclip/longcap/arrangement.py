@@ -72,8 +72,8 @@ class Arrangement:
                 np.save(file, places)
         facts["dropped"] = {reason: int((why == i).sum()) for i, reason in enumerate(REASONS) if i and (why == i).any()}
         with Pairs(units) as pairs, write_aside(self.dropped) as file:
-            for i in np.flatnonzero(why):
-                skip = {"pair": pairs.key(int(unit_of[i]), records[i]), "reason": REASONS[why[i]]}
+            for row in np.flatnonzero(why):
+                skip = {"pair": pairs.key(int(unit_of[row]), records[row]), "reason": REASONS[why[row]]}
                 file.write(json.dumps(skip).encode() + b"\n")
         with write_aside(self._facts) as file:
             file.write(json.dumps(facts).encode())

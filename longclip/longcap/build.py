@@ -143,8 +143,9 @@ def begin(src: Path, dst: Path, asked: Options) -> Build | None:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with Lease(folder / "lock"):
-                facts = {"options": asked.model_dump(mode="json"), "versions": options.versions()}
-                facts["articles"], facts["listing"] = Listing(folder).write(src)
+                articles, names = Listing(folder).write(src)
+                facts = {"options": asked.model_dump(mode="json"), "articles": articles, "listing": names}
+                facts["versions"] = options.versions()
                 if there is not None:
                     _check_same(dst, read_json(there), facts)
                 if there is None:
@@ -243,9 +244,14 @@ def _start_worker(dst: Path) -> None:
     _build = Build(dst)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     # A parent that is killed cannot tell its workers, and they would wait for more work for ever.
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parent.join()
+    os._exit(1)
 
 
 def _work(what: str, number: int) -> None:

@@ -19,9 +19,9 @@ def near(hashes: NDArray[np.uint64], others: NDArray[np.uint64], distance: int) 
     """
     distinct, back = np.unique(hashes, return_inverse=True)
     if len(distinct) * len(others) <= _AT_ONCE:
-        return np.asarray(_compare(distinct[:, None], others[None], distance).any(axis=1)[back])
-    others = np.unique(others)
-    found = np.zeros(len(distinct), dtype=bool)
+        found = np.any(_compare(distinct[:, None], others[None], distance), axis=1)
+        return np.asarray(found[back])
+    others, found = np.unique(others), np.zeros(len(distinct), dtype=bool)
     edges = [64 * i // (distance + 1) for i in range(distance + 2)]
     for low, high in pairwise(edges):
         mask = np.uint64(2 ** (high - low) - 1)

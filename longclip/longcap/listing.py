@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from longclip.data.shards import IMAGE_EXTENSIONS, write_aside
+from longclip.data.shards import write_aside
 from longclip.errors import SiteError, UserError
+from longclip.longcap import images
 
 _MOST_UNITS, _LARGEST_UNIT = 256, 256
 """up to so many articles a unit has one; above, units grow up to so many articles each, and then in number"""
@@ -48,7 +49,7 @@ def find_articles(root: Path) -> Iterator[Place]:
 
     for folder, folders, files in os.walk(root, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for link in (name for name in folders if os.path.islink(os.path.join(folder, name))):
+        for link in (name for name in folders if Path(folder, name).is_symlink()):
             yield Place(os.path.relpath(os.path.join(folder, link), root), False)
         found = articles_among(files)
         for file in found:
@@ -64,20 +65,19 @@ def articles_among(files: list[str]) -> list[str]:
 
 
 def media_of(root: Path, place: Place, hrefs: list[str]) -> dict[str, Path]:
-    """File name -> path of the media that may belong to an article: the regular files beside it.
+    """File name -> path of the media that may belong to an article: the files beside it.
 
     Where several articles share a folder, only files that have the very name of one of ``hrefs``, with or without an
     extension: a looser match could give one article the figure of another.
     """
     folder = (root / place.name).parent
     if place.alone:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
-    else:
-        stems = [href.rpartition("/")[2] for href in hrefs]
-        wanted = (s + e for s in dict.fromkeys(stems) for e in ("", *(f".{e}" for e in IMAGE_EXTENSIONS)))
-        names = [name for name in wanted if name and "\0" not in name and is_regular(folder / name)]
-    return {name: folder / name for name in sorted(names) if name != Path(place.name).name}
+        found = images.listing(folder)
+        found.pop(Path(place.name).name, None)
+        return found
+    stems = dict.fromkeys(href.rpartition("/")[2] for href in hrefs)
+    wanted = (stem + extension for stem in stems for extension in ("", *images.EXTENSIONS))
+    return {name: folder / name for name in wanted if name and "\0" not in name and is_regular(folder / name)}
 
 
 def is_regular(file: Path) -> bool:

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from longclip import __version__
 from longclip.errors import UserError
 
-_LICENSE = re.compile(r"(CC0|CC BY(-NC)?(-SA|-ND)?)( \d\.\d)?|other|unknown")
+_LICENSES = ("CC0", "CC BY", "CC BY-SA", "CC BY-ND", "CC BY-NC", "CC BY-NC-SA", "CC BY-NC-ND", "Public Domain")
+_UNVERSIONED = ("other", "unknown")
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -49,15 +50,17 @@ class Options(BaseModel):
 
 def license_names(text: str) -> tuple[str, ...]:
     """``"CC BY, cc0"`` -> ``("CC BY", "CC0")``. Raises UserError for what is no licence's name."""
+    known = {name.lower(): name for name in (*_LICENSES, *_UNVERSIONED)}
     names = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name = part.lower() if part.lower() in ("other", "unknown") else part.upper()
-        if not _LICENSE.fullmatch(name):
-            valid = "CC0, CC BY, CC BY-SA, CC BY-ND, CC BY-NC, CC BY-NC-SA, CC BY-NC-ND, other, unknown"
+        found = re.fullmatch(r"(.*?)( \d\.\d)?", part)
+        name = known.get(found[1].lower()) if found else None
+        if name is None or (found and found[2] and name in _UNVERSIONED):
+            valid = ", ".join((*_LICENSES, *_UNVERSIONED))
             raise UserError(
-                f"--licenses: no licence is called {part!r}", f"valid is {valid}, with a version or without"
+                f"--licenses: no licence is called {part!r}", f"valid is {valid}; a version may follow: CC BY 4.0"
             )
-        names.append(name)
+        names.append(name + ((found and found[2]) or ""))
     return tuple(sorted(set(names)))
 
 

@@ -79,4 +79,4 @@ def figure_fields(article: Article, figure: Figure, description: Description) ->
 
 
 def image_fields(name: str, image: EncodedImage) -> dict[str, Any]:
-    return {"image_file_name": name, "image_size": [image.width, image.height], "image_hash": f"{image.hash:016x}"}
+    return {"image_file_name": name, "image_size": [image.width, image.height], "image_hash": f"{image.phash:016x}"}

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from longclip.data.shards import MAX_MEMBER, write_aside
+from longclip.data.shards import MAX_MEMBER, MAX_PIXELS, write_aside
 from longclip.errors import SiteError
 from longclip.longcap import hashes, images, jats, pairs
 from longclip.longcap.article import Article, Figure
@@ -189,7 +189,7 @@ class _Maker:
         for number, name, image in found:
             key = pairs.key_of(context.article, self.place.name, figure, number)
             said = {**shared, **pairs.image_fields(name, image)}
-            yield Pair(key, figure.caption, said, tokens, image.jpeg), image.hash
+            yield Pair(key, figure.caption, said, tokens, image.jpeg), image.phash
 
     def _images(self, figure: Figure, media: dict[str, Path]) -> Iterator[tuple[int, str, images.EncodedImage]]:
         """Number, file name and image of each of the figure's graphics."""
@@ -201,12 +201,12 @@ class _Maker:
                 continue
             try:
                 if (size := path.stat().st_size) > MAX_MEMBER:
-                    raise images.BadImage("file too large", f"{size:,} bytes")
-                image = images.encode(_read(path))
+                    raise images.BadImage("too large", f"{size:,} bytes, at most {MAX_MEMBER:,}")
+                image = images.encode(_read(path), max_pixels=MAX_PIXELS)
             except images.BadImage as error:
                 self._skip(f"image: {error.reason}", error.detail, **where)
                 continue
-            if hashes.near(np.array([image.hash], dtype=np.uint64), self.against, self.options.distance)[0]:
+            if hashes.near(np.array([image.phash], dtype=np.uint64), self.against, self.options.distance)[0]:
                 self._skip("image of an evaluation set", **where)
                 continue
             yield number, path.name, image

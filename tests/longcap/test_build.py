@@ -37,7 +37,7 @@ needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"no articles at {REAL
 
 
 def build(src: Path, dst: Path, *options: str | int | float | Path, code: int = 0) -> str:
-    """What the command says; its exit code is asserted. In this process, for starting one takes longer than building."""
+    """What the command says; its exit code is asserted. In this process: starting one takes longer."""
     done = CliRunner().invoke(app, ["longcap", "build", *map(str, (src, dst, *options))])
     said = done.output
     if isinstance(done.exception, LongclipError):
@@ -363,7 +363,7 @@ def test_hostile_and_broken_input_is_named_and_counted(tmp_path: Path) -> None:
     assert all(c.isalnum() or c in "-_" for s in built for c in s.key)
     named = {s["article"].split("/")[0]: s["reason"] for s in skipped(tmp_path / "out")}
     expected = {
-        *(f"href{i}" for i in range(6)),
+        *(f"href{i}" for i in (0, 1, 2, 3, 5)),  # a URL may end in the name of a file beside the XML
         "bomb",
         "empty",
         "cut",
