@@ -72,7 +72,7 @@ def tree(folder: Path) -> dict[str, str]:
 @needs_real
 def test_every_figure_of_the_records(tmp_path: Path) -> None:
     """``records.jsonl`` was joined by somebody else's program: figure by figure the same caption and image."""
-    said = build(REAL, tmp_path / "out", "--workers", 2)
+    said = build(REAL, tmp_path / "out")
     assert "11 articles -> 104 pairs" in said and "skipped" not in said
     records = [json.loads(line) for line in (REAL / "records.jsonl").read_text().splitlines()]
     built = {(s.fields["article_doi"], s.fields["image_file_name"]): s for s in samples(tmp_path / "out")}
@@ -406,7 +406,7 @@ def test_fuzzed_articles_and_images(tmp_path: Path, inputs: int) -> None:
         for target in (file, file.with_name("f1.jpg")):
             if chance.random() < 0.7:
                 target.write_bytes(mutated(target.read_bytes(), chance))
-    build(tmp_path / "src", tmp_path / "out", "--workers", 2)
+    build(tmp_path / "src", tmp_path / "out")
     built, left = samples(tmp_path / "out"), skipped(tmp_path / "out")
     assert len(built) + len(left) >= inputs and len(built) > inputs // 10 and len(left) > inputs // 10
     assert all(s["reason"] for s in left)
@@ -442,7 +442,7 @@ def test_a_full_disk_is_one_line_and_the_build_goes_on(tmp_path: Path) -> None:
         said = build(src, small / "out", code=3)
         assert "no room left" in said and "goes on" in said and said.count("\n") <= 4
         subprocess.run(["mount", "-o", "remount,size=8m", small], check=True)
-        build(src, small / "out", "--workers", 2)
+        build(src, small / "out")
         build(src, tmp_path / "whole")
         assert tree(small / "out") == tree(tmp_path / "whole")
     finally:
