@@ -495,11 +495,16 @@ def longcap_build(
     site: SiteName = None,
 ) -> None:
     """Build shards of image-text pairs with long captions from articles. The same command goes on after a stop."""
+    from longclip.experiment.schema import parse_time
     from longclip.longcap.command import build
     from longclip.longcap.options import Options, license_names
 
     if on not in ("local", "slurm"):
         raise UserError(f"--on {on}: valid is local or slurm")
+    try:
+        minutes = parse_time(time_limit)
+    except ValueError as error:
+        raise UserError(f"--time {error}") from None
     options = Options(
         tokenizer=tokenizer,
         budget=budget,
@@ -511,7 +516,7 @@ def longcap_build(
         distance=distance,
         seed=seed,
     )
-    build(src, dest, options, workers, (_site(site, None), time_limit) if on == "slurm" else None)
+    build(src, dest, options, workers, (_site(site, None), minutes) if on == "slurm" else None)
 
 
 @longcap_app.command()

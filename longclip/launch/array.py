@@ -18,7 +18,6 @@ from typing import Any
 import submitit
 
 from longclip.errors import SiteError
-from longclip.experiment.schema import parse_time
 from longclip.launch.job import setup_lines
 from longclip.launch.scheduler import ask, have_slurm
 from longclip.launch.site import Site
@@ -50,14 +49,12 @@ def alive(folder: Path) -> list[str]:
     return [job for job in jobs if words.jobs[job].alive]
 
 
-def queue(name: str, folder: Path, steps: Sequence[Step], site: Site, time: str) -> list[str]:
-    """Queues the steps; ids of the jobs, one a step. ``time`` is the limit of each, in Slurm's form.
+def queue(name: str, folder: Path, steps: Sequence[Step], site: Site, minutes: int) -> list[str]:
+    """Queues the steps; ids of the jobs, one a step. ``minutes`` is the time limit of each.
 
     Raises:
-        UserError: ``time`` is none.
         SiteError: there is no Slurm here, or it does not take a job; what was queued before is taken back.
     """
-    minutes = parse_time(time)
     if not have_slurm():
         raise SiteError("there is no Slurm on this machine (no sbatch, no srun)", "use a login node, or leave out --on")
     code = freeze(folder)

@@ -13,8 +13,8 @@ from longclip.longcap.options import Options
 from longclip.run.folder import read_json
 
 
-def build(src: Path, dst: Path, asked: Options, workers: int, slurm: tuple[Site, str] | None) -> None:
-    """Builds ``dst`` and prints what it holds, or queues the jobs that will: ``slurm`` is the site and their time.
+def build(src: Path, dst: Path, asked: Options, workers: int, slurm: tuple[Site, int] | None) -> None:
+    """Builds ``dst`` and prints what it holds, or queues the jobs that will: ``slurm`` is the site and their minutes.
 
     Raises:
         UserError, SiteError: as :func:`longclip.longcap.build.begin` and :func:`build_here`.
@@ -47,7 +47,7 @@ def _say_alive(dst: Path) -> bool:
     return bool(jobs)
 
 
-def _queue(work: Any, workers: int, site: Site, time: str) -> None:
+def _queue(work: Any, workers: int, site: Site, minutes: int) -> None:
     from longclip.launch.array import Step, queue
     from longclip.longcap import build as steps
 
@@ -63,7 +63,7 @@ def _queue(work: Any, workers: int, site: Site, time: str) -> None:
             Step("finish", steps.finish, [(dst,)]),
         ],
         site,
-        time,
+        minutes,
     )
     print(f"queued {', '.join(jobs)}: {work.facts['articles']:,} articles on {workers} tasks -> {work.dst}")
     print("next: squeue -u $USER; the same command, when they have ended, says what was built or queues the rest")
