@@ -4,7 +4,7 @@
     arrangement.json                  how many pairs and shards, and what was left out. Written last.
     duplicates.jsonl                  the pairs that were left out, by key
 
-State: 55 bytes a pair for what the units recorded, and up to 50 more while it is sorted: 2.5 GB for 24 million.
+State: 55 bytes a pair for what the units recorded, and about as much again while it is sorted.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class Arrangement:
 
     def make(self, units: Path, number: int, options: Options) -> None:
         """Arranges the pairs of the ``number`` units in the folder ``units``."""
-        parts = [Unit(units, i).records() for i in range(number)]
-        unit_of = np.repeat(np.arange(number, dtype=np.uint32), [len(part) for part in parts])
-        records = np.concatenate(parts) if parts else np.zeros(0, dtype=RECORD)
-        del parts
+        sizes = [len(Unit(units, i).records()) for i in range(number)]
+        unit_of = np.repeat(np.arange(number, dtype=np.uint32), sizes)
+        records = np.empty(len(unit_of), dtype=RECORD)
+        for i, end in enumerate(np.cumsum(sizes)):  # read again, or all would be in memory twice
+            records[end - sizes[i] : end] = Unit(units, i).records()
         why = _left_out(records, options.distance)
         facts: dict[str, Any] = {"pairs": {}, "shards": {}}
         for i, split in enumerate(SPLITS):
@@ -87,13 +88,13 @@ class Arrangement:
 def _left_out(records: NDArray[np.void], distance: int) -> NDArray[np.uint8]:
     """Index into REASONS for each record. Of what is the same, the first in the listing stays."""
     why = np.zeros(len(records), dtype=np.uint8)
+    begins = np.flatnonzero(np.diff(records["article"], prepend=np.uint32(2**32 - 1)))
+    again = np.zeros(len(begins), dtype=bool)
     for name in ("doi", "pmcid"):
-        why[_named_before(records[name], records["article"])] = 1
+        again |= _occurred(records[name][begins])
+    why[np.repeat(again, np.diff(begins, append=len(records)))] = 1
     left = np.flatnonzero(why == 0)
-    _, first = np.unique(records["image"][left], return_index=True)
-    again = np.ones(len(left), dtype=bool)
-    again[first] = False
-    why[left[again]] = 2
+    why[left[_occurred(records["image"][left])]] = 2
     # val and test are evaluation images, too; between themselves they may be alike.
     for_training = np.flatnonzero((why == 0) & (records["split"] == 0))
     held_out = records["image"][(why == 0) & (records["split"] > 0)]
@@ -101,7 +102,9 @@ def _left_out(records: NDArray[np.void], distance: int) -> NDArray[np.uint8]:
     return why
 
 
-def _named_before(names: NDArray[np.uint64], article: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Whether an earlier article has the same name; 0 is no name."""
-    _, first, back = np.unique(names, return_index=True, return_inverse=True)
-    return np.asarray((article[first][back] != article) & (names != 0))
+def _occurred(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each value has occurred before. 0 stands for none, and has not."""
+    _, first = np.unique(values, return_index=True)
+    again: NDArray[np.bool_] = values != 0
+    again[first] = False
+    return again

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-_AT_ONCE = 2**24
+_AT_ONCE = 2**20
 """comparisons held in memory at a time"""
 
 
