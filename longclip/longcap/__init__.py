@@ -10,6 +10,6 @@
     build.py     a folder of articles -> shards, their index and a manifest
 
 BIOMEDICA-LongCAP (arXiv 2510.03978) enriched captions "with context-aware descriptions from full-text articles"; its
-builder, language model and prompts were not published. This one is extractive by default: it needs no model and adds
-no sentence that the article does not have.
+builder, language model and prompts were not published. This one is extractive by default: it needs no model and says
+nothing that the article does not say.
 """

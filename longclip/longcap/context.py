@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
+from operator import itemgetter
 
 from longclip.longcap.article import Article, Figure
 from longclip.longcap.sentences import abbreviations, sentences
@@ -71,7 +72,7 @@ class Description:
 @dataclass(frozen=True)
 class _Candidate:
     place: tuple[int, int, int]
-    """its part of the description (1: text, 2: abbreviations, 3: abstract) and its place within"""
+    """TEXT, GLOSSARY or ABSTRACT, and its place within"""
     sentence: Sentence
     terms: frozenset[str]
 
@@ -104,10 +105,9 @@ class Context:
         """(paragraph, sentence) -> ids of the figures that it mentions"""
         for figure in article.figures:
             for mention in figure.mentions:
-                starts = [start for start, _ in self._sentences(mention.paragraph)]
-                place = (mention.paragraph, max(0, bisect_right(starts, mention.start) - 1))
-                if starts:
-                    self._mentioned.setdefault(place, set()).add(figure.id)
+                spans = self._sentences(mention.paragraph)
+                i = bisect_right(spans, mention.start, key=itemgetter(0)) - 1
+                self._mentioned.setdefault((mention.paragraph, max(0, i)), set()).add(figure.id)
 
     def describe(self, figure: Figure, budget: int) -> Description:
         """As :func:`describe`."""
@@ -148,6 +148,8 @@ class Context:
     def _take(self, candidates: Iterable[_Candidate], chosen: list[_Candidate], room: int) -> int:
         """Takes what fits and says something new, best first; returns the room that is left, in tokens."""
         for candidate in candidates:
+            if candidate.sentence.text.count(" ") >= room:  # a word is a token at least: not worth counting
+                continue
             if candidate.terms and any(_alike(candidate.terms, other.terms) > SAME for other in chosen):
                 continue
             length = self._length(candidate.sentence.text)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longclip.longcap.sentences import abbreviations, sentences
@@ -48,6 +48,7 @@ def test_boundaries(text: str) -> None:
     assert split(text.replace("| ", "")) == [part.strip() for part in text.split("|") if part.strip()]
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="aA.?!)([] 12,;\u201d\nβ-", max_size=60))
 def test_no_character_is_lost_or_told_twice(text: str) -> None:
     spans = sentences(text)
