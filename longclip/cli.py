@@ -32,7 +32,7 @@ data_app = typer.Typer(help="Shards: synthesize, index, tokens.", no_args_is_hel
 app.add_typer(data_app, name="data")
 site_app = typer.Typer(help="Site profiles: init.", no_args_is_help=True)
 app.add_typer(site_app, name="site")
-longcap_app = typer.Typer(help="Articles to shards: fetch, build.", no_args_is_help=True)
+longcap_app = typer.Typer(help="Articles to shards: fetch, build, rewrite.", no_args_is_help=True)
 app.add_typer(longcap_app, name="longcap")
 
 _debug = False
@@ -519,9 +519,9 @@ def longcap_build(
     build(src, dest, options, workers, (_site(site, None), minutes) if on == "slurm" else None)
 
 
-@longcap_app.command()
-def fetch(
-    dest: Annotated[Path, typer.Argument(help="Folder of the articles, one folder each.")],
+@longcap_app.command("fetch")
+def longcap_fetch(
+    dest: Annotated[Path, typer.Argument(file_okay=False, help="Folder of the articles, one each.")],
     articles: Annotated[list[str] | None, typer.Argument(help="PMC13901, or one version: PMC13901.1")] = None,
     ids: Annotated[Path | None, typer.Option("--ids", help="File with a PMCID a line, or ESearch's JSON.")] = None,
     licenses: Annotated[str | None, typer.Option("--licenses", help='Only these: "CC BY,CC0".')] = None,
@@ -559,6 +559,45 @@ def fetch(
         )
     if outcome.failed:
         raise typer.Exit(1)
+
+
+@longcap_app.command("rewrite")
+def longcap_rewrite(
+    src: Annotated[Path, typer.Argument(help="Indexed shards with long captions: FOLDER or FOLDER/GLOB.tar.")],
+    dest: Annotated[Path, typer.Argument(file_okay=False, help="Folder for the rewritten shards.")],
+    url: Annotated[str, typer.Option("--url", help="OpenAI-compatible endpoint: http://HOST:8000/v1")],
+    model: Annotated[str, typer.Option("--model", help="As the endpoint calls it.")],
+    prompt: Annotated[Path, typer.Option("--prompt", exists=True, dir_okay=False, help="File: the system message.")],
+    token_env: Annotated[str | None, typer.Option("--token-env", help="Variable that holds the token.")] = None,
+    max_requests: Annotated[int | None, typer.Option("--max-requests", min=1, help="Budget, all calls.")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Budget, all calls.")] = None,
+    rate: Annotated[float, typer.Option("--rate", help="Requests a second.")] = 10.0,
+    connections: Annotated[int, typer.Option("--connections", help="Requests at a time.")] = 8,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds to wait for an answer.")] = 120.0,
+) -> None:
+    """Have a language model rewrite long captions; what it invents is not taken. The same call goes on after a stop."""
+    from longclip.longcap import enrich
+    from longclip.longcap.polite import Manners
+
+    try:
+        text = prompt.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {prompt}: {error}") from error
+    manners = Manners(rate=rate, connections=connections, timeout=timeout)
+    endpoint = enrich.Endpoint(url, model, text, manners, enrich.token_from(token_env) if token_env else None)
+    done = enrich.rewrite(src, dest, endpoint, enrich.Budget(max_requests, max_tokens), connections)
+    rewritten = done.outcomes.get("rewritten", 0)
+    print(
+        f"rewrote {rewritten:,} of {done.samples:,} long captions into {dest}: {done.requests:,} requests now, ", end=""
+    )
+    print(f"{done.tokens:,} tokens in all")
+    for outcome, count in done.outcomes.items():
+        if outcome != "rewritten":
+            print(f"! kept {count:,} as they were: {outcome}")
+    if done.unreadable:
+        print(f"! left out {done.unreadable:,}: unreadable, as the index of {src} says")
+    if done.invented:
+        print("  most often invented: " + ", ".join(f"{what!r} {count:,}" for what, count in done.invented.items()))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Articles to pairs: full-text articles of PMC become shards of figures with long descriptions.
 
-    pmc.py       fetch: articles and their media, from the PMC Cloud Service's layout or a mirror
+    pmc.py       the PMC Cloud Service: how its bucket names articles, and what it says of each
+    store.py     objects of that bucket, or of a folder laid out like it, whole and verified
+    polite.py    requests at a pace, with the waits that a server asks for and retries that back off
+    fetch.py     articles and their images into folders, one an article
     article.py   what an article says: the form between reading and writing
     jats.py      JATS XML -> Article
     images.py    a figure's files -> one JPEG
     sentences.py text -> sentences, and the abbreviations that an article defines
     context.py   Article, figure -> a long description within a token budget, every sentence with its source
-    enrich.py    the description rewritten by a language model, guarded against invented facts
+    enrich.py    finished shards with their descriptions rewritten by a language model
+    guard.py     whether a rewrite says what its source does not
     build.py     a folder of articles -> shards, their index and a manifest
 
 BIOMEDICA-LongCAP (arXiv 2510.03978) enriched captions "with context-aware descriptions from full-text articles"; its

@@ -11,10 +11,8 @@ hash is kept, a ``.part`` is continued. A kill at any moment leaves nothing that
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -23,7 +21,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from longclip.data.shards import MAX_MEMBER, write_aside
-from longclip.errors import told_as_no_space
+from longclip.errors import SiteError, told_as_no_space
+from longclip.longcap.abreast import abreast
 from longclip.longcap.pmc import ArticleId, find_version
 from longclip.longcap.polite import Failed, Stopped
 from longclip.longcap.progress import progress
@@ -96,49 +95,30 @@ def fetch(
     licenses: frozenset[str] | None = None,
     limit: int | None = None,
     connections: int = 4,
-    total: int | None = None,
 ) -> Outcome:
     """Fetches articles, several at a time. A failure is one article's; it is named, counted, and stops no other.
 
     Args:
         licenses: licence codes to keep; None keeps all.
         limit: articles after which it is enough, those that are there already included.
-        total: how many ids there are, for the progress bar, where ``ids`` is not a list.
 
     Raises:
-        NoSpace: the disk is full. What is whole stays, and the next call continues.
+        SiteError: ``dest`` cannot be written to (NoSpace: full). What is whole stays, and the next call continues.
     """
     dest.mkdir(parents=True, exist_ok=True)
     outcome, unreachable = Outcome(), 0
-    wanted = min(n for n in (limit, total, len(ids) if isinstance(ids, list) else None, 2**63) if n is not None)
-    tasks: queue.SimpleQueue[ArticleId | None] = queue.SimpleQueue()
-    answers: queue.SimpleQueue[tuple[ArticleId, _Got | str | BaseException]] = queue.SimpleQueue()
+    most = [n for n in (limit, len(ids) if isinstance(ids, list) else None) if n is not None]
 
-    def work() -> None:
-        while (article := tasks.get()) is not None:
-            try:
-                answers.put((article, fetch_article(store, article, dest, licenses)))
-            except BaseException as error:
-                answers.put((article, error))
+    def wanted() -> int:
+        if outcome.stopped:
+            return 0
+        return 2**63 if limit is None else limit - outcome.fetched - outcome.there
 
-    # Daemons: after Ctrl-C nobody waits for a server's time-out. Whatever they are doing may be cut anywhere.
-    for _ in range(connections):
-        threading.Thread(target=work, daemon=True).start()
-    todo: Iterator[ArticleId] = iter(ids)
-    under_way = 0
-    with progress("articles", None if wanted == 2**63 else wanted) as tell:
+    with progress("articles", min(most, default=None)) as tell:
         try:
-            while True:
-                kept = outcome.fetched + outcome.there
-                # No more under way than could still be wanted.
-                room = min(2 * connections, 2**63 if limit is None else limit - kept) - under_way
-                for article in _take(todo, 0 if outcome.stopped else room):
-                    tasks.put(article)
-                    under_way += 1
-                if not under_way:
-                    break
-                article, answer = answers.get()
-                under_way -= 1
+            for article, answer in abreast(
+                ids, lambda article: fetch_article(store, article, dest, licenses), connections, wanted
+            ):
                 unreachable = unreachable + 1 if isinstance(answer, Failed) and answer.unreachable else 0
                 if unreachable >= UNREACHABLE:
                     outcome.stopped = f"{store.where} is out of reach"
@@ -147,12 +127,6 @@ def fetch(
                 tell(outcome.fetched + outcome.there + outcome.skipped.total() + len(outcome.failed), note)
         except KeyboardInterrupt:
             outcome.stopped = "interrupted"
-        finally:
-            with suppress(queue.Empty):
-                while True:
-                    tasks.get_nowait()
-            for _ in range(connections):
-                tasks.put(None)
     _write_failed(dest / FAILED, outcome.failed)
     return outcome
 
@@ -200,14 +174,6 @@ def fetch_article(store: Store, asked: ArticleId, dest: Path, licenses: frozense
     return _Got(source, count, size)
 
 
-def _take(todo: Iterator[ArticleId], count: int) -> Iterator[ArticleId]:
-    for _ in range(count):
-        try:
-            yield next(todo)
-        except StopIteration:
-            return
-
-
 def _count(outcome: Outcome, article: ArticleId, answer: _Got | str | BaseException) -> None:
     if isinstance(answer, _Got):
         outcome.fetched += answer.fresh
@@ -220,6 +186,8 @@ def _count(outcome: Outcome, article: ArticleId, answer: _Got | str | BaseExcept
         outcome.skipped[answer] += 1
     elif isinstance(answer, Failed):
         outcome.failed[str(article)] = answer.reason
+    elif isinstance(answer, OSError):
+        raise SiteError(f"{answer.filename}: {answer.strerror}") from answer
     elif not isinstance(answer, Stopped):
         raise answer
 

@@ -22,7 +22,7 @@ except ImportError:
 
 T = TypeVar("T")
 RETRIED = (408, 425, 429, 500, 502, 503, 504)
-"""statuses that may pass; every other status of 400 or more is an answer"""
+"""statuses that may pass; every other one of 300 or more is an answer"""
 SLOWEST = 1024
 """bytes per second; a body that comes more slowly over a whole timeout has stalled, if not quite"""
 CHUNK = 2**16
@@ -100,7 +100,7 @@ class Client:
             agent = {"User-Agent": f"longclip/{__version__}{contact}", "Accept-Encoding": "identity"}
             self._local.session.headers.update(agent)
         response = self._local.session.request(method, url, stream=True, timeout=self.manners.timeout, **kwargs)
-        if response.status_code >= 400 and response.status_code != 416:
+        if response.status_code >= 300 and response.status_code != 416:
             response.close()
             # The phrase that came over the wire is the server's to choose, and goes into logs.
             known = response.status_code in HTTPStatus._value2member_map_

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from longclip.longcap.store import open_store
 from tests.longcap.bucket import PmcBucket, md5, serve
 
 DATA = Path(os.environ.get("LONGCLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-FAST = Manners(rate=1000, timeout=0.4, attempts=3, backoff=0.02)
+FAST = Manners(rate=1000, timeout=1.0, attempts=3, backoff=0.02)
 IMAGE = random.Random(0).randbytes(300_000)
 FIGURE = "PMC1.1/fig1.jpg"
 
@@ -52,7 +53,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def longclip(*words: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "longclip.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_articles_land_with_their_images_and_a_record(bucket: PmcBucket, tmp_path: Path) -> None:
@@ -112,7 +113,7 @@ def test_what_passes_is_outlasted(bucket: PmcBucket, tmp_path: Path, fault: obje
 @pytest.mark.parametrize(
     ("fault", "reason", "attempts"),
     [
-        ("silence", "no answer within 0.4 s, 3 times", 3),
+        ("silence", "no answer within 1 s, 3 times", 3),
         ("garbage", f"not {md5(IMAGE)}, 3 times", 3),
         ((503, {}), "503 Service Unavailable, 3 times", 3),
         ((404, {}), "404 Not Found", 1),
@@ -174,13 +175,12 @@ def test_a_wait_that_the_server_asks_for_holds_back_every_connection(
 ) -> None:
     for number in range(3, 9):
         bucket.add(f"PMC{number}", {})
-    bucket.faults["?PMC1."] = [(429, {"Retry-After": formatdate(time.time() + 2, usegmt=True) if date else "1"})]
-    get(bucket, tmp_path, *(f"PMC{n}" for n in range(1, 9)), manners=Manners(rate=50, timeout=5, attempts=3))
-    (told, again) = bucket.asked("?PMC1.")
-    gap = max(b.time - a.time for a, b in zip(bucket.requests, bucket.requests[1:], strict=False))
-    assert gap > 0.8 and again.time - told.time > 0.9
-    # but for those that were on the wire when it spoke
-    assert sum(told.time + 0.2 < r.time < told.time + 0.8 for r in bucket.requests) == 0
+    bucket.faults["?PMC1."] = [(429, {"Retry-After": formatdate(time.time() + 3, usegmt=True) if date else "2"})]
+    get(bucket, tmp_path, *(f"PMC{n}" for n in range(1, 9)), manners=Manners(rate=10, timeout=5, attempts=3))
+    times = [r.time for r in bucket.requests]
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    # But for those on the wire when it spoke nobody asks on; then all do: more than the four requests left of PMC1.
+    assert max(gaps) > 0.8 and len(times) - gaps.index(max(gaps)) - 1 > 8
 
 
 def test_requests_keep_the_pace(bucket: PmcBucket, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_requests_keep_the_pace(bucket: PmcBucket, tmp_path: Path) -> None:
 def test_a_server_that_is_gone_is_not_asked_eight_million_times(tmp_path: Path) -> None:
     with serve(PmcBucket()) as gone:
         pass
-    once = Manners(rate=1000, timeout=0.4, attempts=1)
+    once = Manners(rate=1000, timeout=1.0, attempts=1)
     outcome = get(gone, tmp_path, *(f"PMC{n}" for n in range(1, 1000)), manners=once)
     assert outcome.stopped == f"{gone.url} is out of reach"
     assert 10 <= len(outcome.failed) < 30 and set(outcome.failed.values()) == {"Connection refused"}
@@ -380,12 +380,12 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(bucket: PmcBucket, tmp_pa
     words = ("longcap", "fetch", tmp_path, "PMC1", "PMC2", "--from", bucket.url, "--rate", "1000")
     command = [sys.executable, "-m", "longclip.cli", *map(str, words)]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    part, deadline = tmp_path / "PMC1" / "fig1.jpg.part", time.monotonic() + 30
+    part, deadline = tmp_path / "PMC1" / "fig1.jpg.part", time.monotonic() + 300
     while not (part.exists() and part.stat().st_size and (tmp_path / "PMC2" / "source.json").exists()):
         assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.02)
     running.send_signal(how)
-    _, stderr = running.communicate(timeout=10)
+    _, stderr = running.communicate(timeout=60)
     if how == signal.SIGINT:
         assert running.returncode == 1 and "stopped: interrupted\n  next: the same command continues" in stderr
     kept = part.stat().st_size
@@ -393,6 +393,13 @@ def test_stopped_in_the_middle_it_goes_on_where_it_was(bucket: PmcBucket, tmp_pa
     assert done.returncode == 0 and "fetched 1 articles (1 files" in done.stdout and "1 were there" in done.stdout, done
     assert bucket.asked(FIGURE)[-1].range == f"bytes={kept}-"
     assert (tmp_path / "PMC1" / "fig1.jpg").read_bytes() == IMAGE
+
+
+def test_a_file_in_the_way_is_one_error(bucket: PmcBucket, tmp_path: Path) -> None:
+    (tmp_path / "PMC1").write_text("not a folder")
+    done = longclip("longcap", "fetch", tmp_path, "PMC1", "--from", bucket.url)
+    assert done.returncode == 3 and f"{tmp_path / 'PMC1'}: File exists" in done.stderr, done
+    assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_is_one_error(bucket: PmcBucket, tmp_path: Path) -> None:
