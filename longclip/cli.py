@@ -32,7 +32,7 @@ data_app = typer.Typer(help="Shards: synthesize, index, tokens.", no_args_is_hel
 app.add_typer(data_app, name="data")
 site_app = typer.Typer(help="Site profiles: init.", no_args_is_help=True)
 app.add_typer(site_app, name="site")
-longcap_app = typer.Typer(help="Articles to shards: fetch, rewrite.", no_args_is_help=True)
+longcap_app = typer.Typer(help="Articles to shards: fetch, build, rewrite.", no_args_is_help=True)
 app.add_typer(longcap_app, name="longcap")
 
 _debug = False
@@ -517,6 +517,53 @@ def synthesize(
 
     draw(dest, train, val, test, seed)
     print(f"wrote {dest}/train ({train:,} pairs), {dest}/val ({val:,}), {dest}/test ({test:,}), {dest}/tokenizer")
+
+
+@longcap_app.command("build")
+def longcap_build(
+    src: Annotated[Path, typer.Argument(help="Folder of articles: XML with its media beside it.")],
+    dest: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Folder, file or hub id; what counts --budget. Default: words.")
+    ] = None,
+    budget: Annotated[int, typer.Option("--budget", min=16, help="Most tokens of a long caption.")] = 512,
+    licenses: Annotated[str, typer.Option("--licenses", help='"CC BY,CC0"; unknown only if named. Default: all.')] = "",
+    val: Annotated[float, typer.Option("--val", min=0, help="Share of the articles for validation.")] = 0.01,
+    test: Annotated[float, typer.Option("--test", min=0, help="Share of the articles for testing.")] = 0.01,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="Evaluation images to leave out: shards, or a folder.")
+    ] = None,
+    distance: Annotated[int, typer.Option("--distance", min=0, max=16, help="Bits of 64 for near duplicates.")] = 4,
+    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Most pairs of a shard.")] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order.")] = 0,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes, or with --on slurm tasks.")] = 1,
+    on: Annotated[str, typer.Option("--on", help="local or slurm.")] = "local",
+    time_limit: Annotated[str, typer.Option("--time", help="With --on slurm: limit of each job.")] = "24:00:00",
+    site: SiteName = None,
+) -> None:
+    """Build shards of image-text pairs with long captions from articles. The same command goes on after a stop."""
+    from longclip.experiment.schema import parse_time
+    from longclip.longcap.command import build
+    from longclip.longcap.options import Options, license_names
+
+    if on not in ("local", "slurm"):
+        raise UserError(f"--on {on}: valid is local or slurm")
+    try:
+        minutes = parse_time(time_limit)
+    except ValueError as error:
+        raise UserError(f"--time {error}") from None
+    options = Options(
+        tokenizer=tokenizer,
+        budget=budget,
+        licenses=license_names(licenses),
+        val=val,
+        test=test,
+        shard_size=shard_size,
+        against=tuple(against or ()),
+        distance=distance,
+        seed=seed,
+    )
+    build(src, dest, options, workers, (_site(site, None), minutes) if on == "slurm" else None)
 
 
 @longcap_app.command("fetch")

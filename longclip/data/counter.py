@@ -53,6 +53,10 @@ class TokenCounter:
     def __call__(self, text: str) -> int:
         return self.many([text])[0]
 
+    def save(self, file: Path) -> None:
+        """Writes the tokenizer as ``tokenizer.json``, for machines that do not reach what it was read from."""
+        self._tokenizer.save(str(file))
+
     def many(self, texts: Sequence[str]) -> list[int]:
         """Counts of many texts: without offsets, which cost more than the counting."""
         return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(list(texts))]
