@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from longclip import __version__
+from longclip.cli_pairs import Json, SiteName, data_app, longcap_app
 from longclip.errors import LongclipError, SiteError, UserError
 
 app = typer.Typer(
@@ -28,18 +29,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Shards: synthesize, index.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 site_app = typer.Typer(help="Site profiles: init.", no_args_is_help=True)
 app.add_typer(site_app, name="site")
+app.add_typer(longcap_app, name="longcap")
 
 _debug = False
 
 Paths = Annotated[list[Path], typer.Argument(help="Experiment files, or folders of them.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.lr=3e-4")]
-SiteName = Annotated[str | None, typer.Option("--site", help="Site profile: a name or a file.")]
 Runs = Annotated[Path | None, typer.Option("--runs", help="Folder of the runs, in place of the site's.")]
-Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
 Run = Annotated[str, typer.Argument(help="Name, unique start of one, sweep/name, path or job id.", show_default=False)]
 Target = Annotated[str | None, typer.Argument(help="Sweep, run, unique start of a run's name, path or job id.")]
 
@@ -392,7 +391,7 @@ def export(
     site: SiteName = None,
     runs: Runs = None,
 ) -> None:
-    """A trained model as a folder that others load without longclip; needs longclip[train]."""
+    """A trained model as a folder that others load without longclip; needs the train extra."""
     from longclip.launch.export import export as write
 
     (run,) = _single(_find(site, runs, target))
@@ -431,7 +430,7 @@ def train(
     site: SiteName = None,
     runs: Runs = None,
 ) -> None:
-    """Train here and now, on the ranks of torchrun or srun, or alone; needs longclip[train].
+    """Train here and now, on the ranks of torchrun or srun, or alone; needs the train extra.
 
     Exit code 85: stopped by a signal and saved; the same command goes on.
     """
@@ -442,36 +441,6 @@ def train(
     print(verdict)
     if verdict != "finished":
         raise typer.Exit(AGAIN)
-
-
-@data_app.command()
-def index(
-    shards: Annotated[Path, typer.Argument(help="Folder of *.tar.")],
-    dest: Annotated[Path | None, typer.Option("--out", help="Where the index goes, if not beside the shards.")] = None,
-    workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 1,
-) -> None:
-    """Index a folder of WebDataset shards, once."""
-    from longclip.data.index import index_folder
-
-    done = index_folder(shards, dest, workers)
-    print(f"indexed {done.samples:,} samples in {done.shards} shards -> {done.folder}/index.json")
-    for reason, count in done.skipped.items():
-        print(f"! skipped {count:,}: {reason}")
-
-
-@data_app.command()
-def synthesize(
-    dest: Annotated[Path, typer.Argument(help="Folder for train/, val/, test/ and tokenizer/.")],
-    train: Annotated[int, typer.Option("--train", help="Training pairs.")] = 20000,
-    val: Annotated[int, typer.Option("--val", help="Validation pairs.")] = 400,
-    test: Annotated[int, typer.Option("--test", help="Test pairs.")] = 1000,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-) -> None:
-    """Draw images with long captions whose best possible Recall@1 is known at every window."""
-    from longclip.data.synthetic import synthesize as draw
-
-    draw(dest, train, val, test, seed)
-    print(f"wrote {dest}/train ({train:,} pairs), {dest}/val ({val:,}), {dest}/test ({test:,}), {dest}/tokenizer")
 
 
 if __name__ == "__main__":

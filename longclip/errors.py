@@ -49,17 +49,16 @@ class NoSpace(SiteError):
 
 
 @contextlib.contextmanager
-def told_as_no_space(path: Path) -> Iterator[None]:
+def told_as_no_space(
+    path: Path, hint: str = "make room (longclip prune shows what can go), then longclip retry: the run continues"
+) -> Iterator[None]:
     """Raises NoSpace in place of the OSError of a full disk; other errors pass."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise NoSpace(
-            f"no room left: {path}: {error.strerror}",
-            "make room (longclip prune shows what can go), then longclip retry: the run continues",
-        ) from error
+        raise NoSpace(f"no room left: {path}: {error.strerror}", hint) from error
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _groups(tar: tarfile.TarFile, skipped: list[Skipped]) -> Iterator[_Group]:
         yield group
 
 
-def _index_shard(path: Path, out: Path) -> ShardEntry:
+def index_shard(path: Path, out: Path) -> ShardEntry:
     """Reads one tar front to back, writes its ``.idx.npz`` into ``out``, and returns its line of index.json."""
     keys: dict[str, list[int]] = {}
     seen: set[str] = set()
@@ -169,10 +169,10 @@ def _index_shard(path: Path, out: Path) -> ShardEntry:
 
 def _index_shards(paths: list[Path], out: Path, workers: int) -> Iterator[ShardEntry]:
     if workers <= 1 or len(paths) == 1:
-        yield from (_index_shard(path, out) for path in paths)
+        yield from (index_shard(path, out) for path in paths)
         return
     with ProcessPoolExecutor(min(workers, len(paths))) as pool:
-        yield from pool.map(_index_shard, paths, repeat(out))
+        yield from pool.map(index_shard, paths, repeat(out))
 
 
 _REWRITE = "copy or write this shard again, or move it out of the folder (gunzip it first if it is compressed)"

@@ -1,6 +1,7 @@
 """Which sample stands at which position: arithmetic, the same on any number of ranks, workers and attempts.
 
-Position p of a run is sample k = p of its source; epoch = k // len(source). Within an epoch the shards are permuted,
+Position p of a run is sample k of one of its sources, by a schedule of the sources' weights (:class:`Mixture`); with
+one source, k = p. Epoch = k // len(source), counted for each source by itself. Within an epoch the shards are permuted,
 then samples are shuffled inside blocks of ``BLOCK`` shards, so that a shared disk sees reads from few files at a time
 while neighbours in the order come from many shards. Nothing is drawn from a generator that has a state: a position
 needs only the seed, and resuming is asking for the next position.
@@ -9,7 +10,9 @@ needs only the seed, and resuming is asking for the next position.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -39,10 +42,26 @@ def uniforms(n: int, *parts: int | str) -> NDArray[np.float64]:
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What is random about one sample in one epoch."""
+
+    seed: int
+    epoch: int
+    shard: int
+    index: int
+
+    def uniforms(self, n: int, what: str) -> NDArray[np.float64]:
+        return uniforms(n, self.seed, what, self.epoch, self.shard, self.index)
+
+    def permutation(self, n: int, what: str) -> NDArray[np.int64]:
+        return permutation(n, self.seed, what, self.epoch, self.shard, self.index)
+
+
 class Order:
     """The order over shards of the given sizes."""
 
-    def __init__(self, sizes: Sequence[int], seed: int, block: int = BLOCK) -> None:
+    def __init__(self, sizes: Sequence[int], seed: int | str, block: int = BLOCK) -> None:
         self.sizes = np.asarray(sizes, dtype=np.int64)
         self.seed = seed
         self.block = block
@@ -80,5 +99,52 @@ class Order:
     def __getstate__(self) -> tuple[object, ...]:
         return (self.sizes, self.seed, self.block)
 
-    def __setstate__(self, state: tuple[NDArray[np.int64], int, int]) -> None:
+    def __setstate__(self, state: tuple[NDArray[np.int64], int | str, int]) -> None:
         self.__init__(state[0].tolist(), state[1], state[2])  # type: ignore[misc]
+
+
+PERIOD = 10_000
+"""Positions after which the schedule of sources repeats; weights are kept to 1 / PERIOD"""
+
+
+class Mixture:
+    """The order over several sources, each drawn from in proportion to its weight, each with epochs of its own.
+
+    Of every PERIOD positions a source has a fixed number, spread evenly, so that any stretch of a few positions holds
+    nearly its share. Shards are counted through the sources, in their order.
+    """
+
+    def __init__(
+        self, sizes: Sequence[Sequence[int]], seed: int, weights: Sequence[float] = (1.0,), block: int = BLOCK
+    ) -> None:
+        # The first source has the seed itself: alone it is ordered as if there were no mixture.
+        seeds: list[int | str] = [seed, *(f"{seed}/source{i}" for i in range(1, len(sizes)))]
+        self.seed = seed
+        self.orders = [Order(shards, own, block) for shards, own in zip(sizes, seeds, strict=True)]
+        self._first_shard = np.cumsum([0, *map(len, sizes)])
+        self.counts = _counts(weights)
+        source = np.repeat(np.arange(len(sizes)), self.counts)
+        nth = np.concatenate([np.arange(count) for count in self.counts])
+        # The j-th of a source's c places aims at (j + 1/2) / c of the period.
+        order = np.lexsort((source, (nth + 0.5) / self.counts[source]))
+        self._source, self._nth = source[order], nth[order]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.orders))
+
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """``(epoch of its source, shard, index in the shard)`` of the sample at ``position``."""
+        period, slot = divmod(position, PERIOD)
+        source = int(self._source[slot])
+        k = period * int(self.counts[source]) + int(self._nth[slot])
+        epoch, shard, index = self.orders[source].locate(k)
+        return epoch, int(self._first_shard[source]) + shard, index
+
+
+def _counts(weights: Sequence[float]) -> NDArray[np.int64]:
+    """PERIOD dealt out in proportion to ``weights``, the remainder to those that are owed most."""
+    exact = np.array(weights, dtype=np.float64) / math.fsum(weights) * PERIOD
+    counts = np.floor(exact).astype(np.int64)
+    owed = np.argsort(counts - exact, kind="stable")
+    counts[owed[: PERIOD - int(counts.sum())]] += 1
+    return counts

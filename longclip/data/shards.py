@@ -22,6 +22,7 @@ import json
 import os
 import re
 import secrets
+import tarfile
 import threading
 import warnings
 from collections import OrderedDict
@@ -42,11 +43,11 @@ MAX_PIXELS = 50_000_000
 """width x height above which an image is skipped: shards come from outside, and a header may promise anything"""
 MAX_MEMBER = 256 * 2**20
 """bytes above which a member is skipped"""
-OPEN_SHARDS = 64
-"""shards that a process keeps open; above the size of the blocks that the order shuffles in"""
+OPEN_SHARDS = 32
+"""shards of a dataset that a process keeps open: two of the blocks that the order shuffles in, where a batch may end"""
 
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
-_EXTENSION_OF = dict(zip(_IMAGE_FORMATS, ("jpg", "png", "webp", "tif", "gif", "bmp"), strict=True))
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
+_EXTENSION_OF = dict(zip(IMAGE_FORMATS, ("jpg", "png", "webp", "tif", "gif", "bmp"), strict=True))
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 """key and extension, split at the first dot of the file name, as webdataset does"""
 
@@ -108,7 +109,7 @@ def image_format(data: bytes) -> tuple[str, int]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pillow warns from 89 MPixel on; the limit here is lower and not a warning
         try:
-            with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
                 return str(image.format), image.width * image.height
         except Image.DecompressionBombError:
             raise ValueError(f"image has more than {MAX_PIXELS // 10**6} MPixel") from None
@@ -168,11 +169,21 @@ class _OpenShard:
 
     def __init__(self, tar: Path, index: Path, sha256: str, samples: int) -> None:
         self.path, self.fd = tar, -1
-        with np.load(index, allow_pickle=False) as arrays:
-            self.members = arrays["members"]  # [samples, 6] int64: offset and size of image, text and json, in bytes
-            self.keys: bytes = arrays["keys"].tobytes()
-            self.key_ends = arrays["key_ends"]  # [samples] int64: where in ``keys`` (UTF-8) each key ends
-            same = str(arrays["sha256"]) == sha256 and self.members.shape == (samples, 6)
+        try:
+            with np.load(index, allow_pickle=False) as arrays:
+                # [samples, 6] int64: offset and size of image, text and json, in bytes
+                self.members = arrays["members"]
+                self.keys: bytes = arrays["keys"].tobytes()
+                self.key_ends = arrays["key_ends"]  # [samples] int64: where in ``keys`` (UTF-8) each key ends
+                same = str(arrays["sha256"]) == sha256 and self.members.shape == (samples, 6)
+                same = (
+                    same and self.key_ends.shape == (samples,) and self.members.dtype == self.key_ends.dtype == np.int64
+                )
+        except OSError:
+            raise
+        except Exception as error:  # of a broken file numpy and zipfile raise nearly anything
+            message = f"cannot be read ({error}); index the folder again"
+            raise OSError(errno.EIO, message, str(index)) from error
         if not same:
             raise OSError(errno.ESTALE, "belongs to another index.json; index the folder again", str(index))
         self.fd = os.open(tar, os.O_RDONLY | os.O_CLOEXEC)
@@ -189,14 +200,36 @@ class _OpenShard:
         offset, size = (int(x) for x in self.members[index, 2 * which : 2 * which + 2])
         if offset < 0:
             return b""
+        if not (offset >= tarfile.BLOCKSIZE and 0 <= size <= MAX_MEMBER):
+            raise OSError(errno.EIO, f"has no such place as {offset}, {size}; index the folder again", str(self.path))
+        # Together with the header before it, which tells whether this is still the member that was indexed.
+        data = self._pread(index, offset - tarfile.BLOCKSIZE, size + tarfile.BLOCKSIZE)
+        if not _is_header(data[: tarfile.BLOCKSIZE], self.key(index), size):
+            message = f"sample {self.key(index)} is not where it was indexed; the shard has changed: index it again"
+            raise OSError(errno.ESTALE, message, str(self.path))
+        return data[tarfile.BLOCKSIZE :]
+
+    def _pread(self, index: int, offset: int, size: int) -> bytes:
         parts: list[bytes] = []
-        while size > 0:
-            part = os.pread(self.fd, size, offset)
-            if not part:
-                raise OSError(errno.EIO, f"ends within sample {self.key(index)}", str(self.path))
+        while size > 0 and (part := os.pread(self.fd, size, offset)):
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
+        if size:
+            raise OSError(errno.EIO, f"ends within sample {self.key(index)}", str(self.path))
         return b"".join(parts)
+
+
+def _is_header(header: bytes, key: str, size: int) -> bool:
+    """Whether a tar header (POSIX ustar, section "ustar Interchange Format" of pax(1)) can be of a member of ``key``.
+
+    Long or non-ASCII names stand elsewhere, in forms of their own: of them only the size is looked at.
+    """
+    if len(key) <= 80 and key.isascii() and not header.startswith(f"{key}.".encode()):
+        return False
+    try:
+        return int(header[124:136].strip(b" \0") or b"0", 8) == size
+    except ValueError:
+        return False
 
 
 class _Handles:
@@ -267,8 +300,9 @@ class Dataset:
     def fields_and_text(self, shard: int, index: int) -> tuple[str, str, dict[str, Any]]:
         """Key, text and json member, without reading the image. Raises as :meth:`read`."""
         source = self._shard(shard, index)
-        key = source.key(index)
+        key = "?"
         try:
+            key = source.key(index)
             fields = source.member(index, 2)
             return key, source.member(index, 1).decode(), json_object(fields) if fields else {}
         except ValueError as error:

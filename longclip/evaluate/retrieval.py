@@ -51,7 +51,7 @@ def _summary(i2t_N: Tensor, t2i_N: Tensor) -> dict[str, float]:
 
 
 def evaluate(
-    model: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    model: Callable[..., tuple[Tensor, ...]],
     module: nn.Module,
     reader: Reader,
     batch: int,
@@ -70,7 +70,7 @@ def evaluate(
     images, texts, kept, lost = [], [], 0, 0
     with torch.no_grad():
         for part, count in evaluation_batches(reader, batch, ranks.rank, ranks.size, first):
-            image_BD, text_BD, _ = model(part.pixels.to(ranks.device), part.text.to(ranks.device))
+            image_BD, text_BD, *_ = model(part.images(ranks.device), part.text.to(ranks.device))
             use = part.valid[:count].nonzero()[:, 0].to(ranks.device)
             images.append(image_BD[:count][use].cpu())
             texts.append(text_BD[:count][use].cpu())

@@ -18,7 +18,9 @@ Key = tuple[str, ...]
 
 def explain(error: ErrorDetails, root: type[BaseModel] = Experiment) -> tuple[Key, str]:
     """The key at fault and one line about it; ``root`` is what the file describes."""
-    key = tuple(str(part) for part in error["loc"])
+    # The arms of a union are parts of pydantic's path, but not of the file's.
+    arm = re.compile(r"(constrained-)?(int|float|str)$|literal\[|plain$|made up$")
+    key = tuple(str(part) for part in error["loc"] if not arm.match(str(part)))
     ctx = error.get("ctx", {})
     if error["type"] == "longclip":
         return key + tuple(ctx["key"].split(".")), str(ctx["message"])
@@ -28,8 +30,6 @@ def explain(error: ErrorDetails, root: type[BaseModel] = Experiment) -> tuple[Ke
         return key, "missing"
     if error["type"] in ("model_type", "model_attributes_type"):
         return key, f"is a section of keys, not {error['input']!r}"
-    # The arms of a union are parts of pydantic's path, but not of the file's.
-    key = tuple(p for p in key if not re.match(r"(constrained-)?(int|float|str)$|literal\[", p))
     what = error["msg"]
     return key, f"is {error['input']!r}; {what[0].lower()}{what[1:]}"
 
@@ -54,9 +54,12 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 def _fields(path: Key, root: type[BaseModel] = Experiment) -> dict[str, Any]:
     model: type[BaseModel] | None = root
     for part in path:
+        if part.isdigit():  # the place in a list, whose elements the section describes
+            continue
         model = _section(model.model_fields[part].annotation) if model and part in model.model_fields else None
     extra = {"extends": None, "sweep": None} if not path and root is Experiment else {}
-    return {**(model.model_fields if model else {}), **extra}
+    named = {info.alias or name: info for name, info in model.model_fields.items()} if model else {}
+    return {**named, **extra}
 
 
 def known_keys(path: Key = (), root: type[BaseModel] = Experiment) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +18,19 @@ from typing import Any
 
 from longclip.experiment.schema import IDENTITY, Experiment
 
+TRAIN = "data.train"
 REFERENCES = (
-    "data.train",
+    TRAIN,
     "data.val",
     "model.image.tower",
     "model.text.tower",
     "model.text.tokenizer",
+    "model.init.from",
 )
 """Fields that refer to content elsewhere; identity holds the hash of that content instead."""
+
+OPEN_CLIP = "open_clip_config.json"
+"""describes a tower that open_clip wrote; of no meaning beside a config.json"""
 
 _TOWER_FILES = (
     "config.json",
@@ -42,8 +48,15 @@ _TOWER_FILES = (
 
 def references(experiment: Experiment) -> dict[str, str]:
     """The references that the experiment makes, by dotted key."""
-    flat = flatten(experiment.model_dump(mode="json"))
-    return {key: flat[key] for key in REFERENCES if flat.get(key) is not None}
+    flat = flatten(experiment.model_dump(mode="json")) | train_sources(experiment)
+    keys = (*train_sources(experiment), *REFERENCES[1:])
+    return {key: flat[key] for key in keys if flat.get(key) is not None}
+
+
+def train_sources(experiment: Experiment) -> dict[str, str]:
+    """The training datasets by dotted key: ``data.train``, or ``data.train.0``, ``data.train.1``, ... of several."""
+    names = [source.name for source in experiment.data.sources]
+    return {TRAIN: names[0]} if len(names) == 1 else {f"{TRAIN}.{i}": name for i, name in enumerate(names)}
 
 
 def identity(experiment: Experiment, pins: Mapping[str, str]) -> dict[str, Any]:
@@ -51,6 +64,11 @@ def identity(experiment: Experiment, pins: Mapping[str, str]) -> dict[str, Any]:
     dump = experiment.model_dump(mode="json", include=set(IDENTITY), exclude_defaults=True)
     flat = flatten(dump)
     flat.pop("data.test", None)
+    sources = experiment.data.sources
+    if len(sources) > 1:  # their weights matter as shares: 3 and 1 are 6 and 2
+        del flat[TRAIN]
+        whole = math.fsum(source.weight for source in sources)
+        flat |= {f"{TRAIN}.{i}.share": source.weight / whole for i, source in enumerate(sources)}
     for key in references(experiment):
         flat[key] = pins[key]
     return flat
@@ -81,7 +99,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def hash_folder(folder: Path) -> str:
     """Hash of a tower's or tokenizer's files by name and content, the same wherever the folder lies."""
     digest = hashlib.sha256()
-    files = sorted({p for pattern in _TOWER_FILES for p in folder.glob(pattern)}, key=lambda p: p.name)
+    patterns = _TOWER_FILES if (folder / "config.json").is_file() else (*_TOWER_FILES, OPEN_CLIP)
+    files = sorted({p for pattern in patterns for p in folder.glob(pattern)}, key=lambda p: p.name)
     for file in files:
         with file.open("rb") as f:
             content = hashlib.file_digest(f, "sha256").hexdigest()

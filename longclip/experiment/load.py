@@ -354,12 +354,11 @@ def _scalar(text: str) -> Any:
 
 
 def _resolve_paths(tree: _Tree) -> None:
-    values = dict(_leaves(tree.values))
-    for path in PATHS:
-        value = values.get(path)
-        if isinstance(value, str) and value.startswith((".", "/", "~")):
-            origin = tree.origins.get(path)
-            folder = origin.file.parent if origin and origin.file else Path.cwd()
+    for path, value in list(_leaves(tree.values)):
+        one_of_several = path[:2] == ("data", "train") and path[3:] == ("name",)
+        if (path in PATHS or one_of_several) and isinstance(value, str) and value.startswith((".", "/", "~")):
+            origin = tree.origin(path, Path.cwd() / "-")
+            folder = origin.file.parent if origin.file else Path.cwd()
             _set_leaf(tree.values, path, os.path.normpath(folder / Path(value).expanduser()))
 
 

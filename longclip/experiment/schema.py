@@ -8,10 +8,14 @@ changed while a run is under way, and the run continues.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
+
+from longclip.experiment import kinds
 
 IDENTITY = ("model", "data", "train")
 """Sections that decide the weights."""
@@ -19,7 +23,8 @@ IDENTITY = ("model", "data", "train")
 DEEPSPEED_OURS = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "engine.micro_batch",
-    "gradient_accumulation_steps": "engine.micro_batch",
+    "gradient_accumulation_steps": "engine.micro_batch (it keeps all negatives; accumulation would not)",
+    "managed_gradient_accumulation": "engine.micro_batch",
     "gradient_clipping": "train.grad_clip",
     "optimizer": "train.lr, train.betas, train.eps, train.weight_decay",
     "scheduler": "train.schedule, train.warmup_steps",
@@ -27,6 +32,7 @@ DEEPSPEED_OURS = {
     "fp16": "train.precision",
     "amp": "train.precision",
     "torch_autocast": "train.precision",
+    "data_types": "train.precision",
     "activation_checkpointing": "engine.activation_checkpointing",
 }
 """Keys of a DeepSpeed configuration that experiment fields already decide."""
@@ -44,6 +50,8 @@ def bad(key: str, message: str) -> PydanticCustomError:
 
 
 Pair = Annotated[tuple[float, float], Field(strict=False)]
+Frozen = Literal["all"] | Annotated[int, Field(ge=1)] | None
+"""What of a tower keeps its initial weights: all of it (its head is trained), or its embeddings and lowest N layers"""
 
 
 class ImageTower(Section):
@@ -51,12 +59,17 @@ class ImageTower(Section):
 
     tower: str | None = None
     config: dict[str, Any] | None = None
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Literal["cls", "mean", "map"] = "cls"
+    """``map`` is SigLIP's own: attention of one learned query over the patches"""
     head: Literal["linear", "mlp2"] = "linear"
+    freeze: Frozen = None
 
     @model_validator(mode="after")
     def _source(self) -> ImageTower:
-        _one_source(self.tower, self.config, ("clip_vision_model", "vit"))
+        _one_source(self.tower, self.config, kinds.IMAGE)
+        if self.config is not None and (why := kinds.image_pool(self.config["model_type"], self.pool)):
+            raise bad("pool", why)
+        _layers(self.freeze, self.config)
         return self
 
 
@@ -66,12 +79,23 @@ class TextTower(Section):
     tower: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
-    pool: Literal["cls", "mean"] = "mean"
+    pool: Literal["cls", "mean", "last"] = "mean"
+    """``last`` is CLIP's: the end-of-text token, with which its tokenizer ends every caption"""
     head: Literal["linear", "mlp2"] = "mlp2"
+    positions: Literal["stretch", "interpolate"] | None = None
+    """how a tower that ends before the window is extended to it; one that reaches it stays as it is"""
+    keep: Annotated[int, Field(ge=0)] = kinds.KEEP
+    """positions that ``stretch`` leaves as they are"""
+    freeze: Frozen = None
 
     @model_validator(mode="after")
     def _source(self) -> TextTower:
-        _one_source(self.tower, self.config, ("modernbert", "bert"))
+        _one_source(self.tower, self.config, tuple(kinds.TEXT))
+        if self.keep != kinds.KEEP and self.positions != "stretch":
+            raise bad("keep", "is of no effect without 'positions: stretch'")
+        if self.config is not None and (why := kinds.text_pool(self.config["model_type"], self.pool)):
+            raise bad("pool", why)
+        _layers(self.freeze, self.config)
         if self.tokenizer is None and self.tower is None:
             raise bad("tokenizer", "missing: a tower made from a config needs a tokenizer (a folder or a hub id)")
         return self
@@ -88,6 +112,25 @@ def _one_source(tower: str | None, config: dict[str, Any] | None, types: tuple[s
         raise bad("config.model_type", f"is {config.get('model_type')!r}; known here: {', '.join(types)}")
 
 
+class Init(Section):
+    """Weights to begin with, of a model with the same towers; positions are extended as ``model.text.positions`` says.
+
+    ``from`` is ``run:NAME`` (as the run ended) or ``run:NAME@best`` (as its validation chose), a hub id, or a path:
+    a run's folder, or one with ``weights.safetensors`` as a checkpoint has it.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    source: Annotated[str, Field(alias="from", min_length=1)]
+
+
+def _layers(freeze: int | str | None, config: dict[str, Any] | None) -> None:
+    """Towers from weights are asked when they are loaded (model/freeze.py)."""
+    layers = (config or {}).get("num_hidden_layers")
+    if isinstance(freeze, int) and isinstance(layers, int) and freeze > layers:
+        raise bad("freeze", f"is {freeze}, but the tower has {layers} layers; at most {layers}, or all")
+
+
 class Model(Section):
     """Two towers and one joint space. ``context_length`` is where the text is cut, special tokens included."""
 
@@ -95,27 +138,121 @@ class Model(Section):
     image: ImageTower
     text: TextTower
     embed_dim: Annotated[int, Field(ge=1)] = 512
+    init: Init | None = None
+    """by default the towers' own weights, and all else drawn"""
 
     @model_validator(mode="after")
     def _positions(self) -> Model:
-        positions = (self.text.config or {}).get("max_position_embeddings")
-        if isinstance(positions, int) and self.context_length > positions:
-            raise bad(
-                "context_length",
-                f"is {self.context_length}, but the text tower has {positions} positions "
-                f"(model.text.config.max_position_embeddings); at most {positions}",
-            )
+        text = self.text
+        if text.config is None:
+            return self
+        if why := kinds.too_short(text.config, self.context_length, text.positions, text.keep):
+            raise bad("context_length", why)
         return self
+
+
+LEAST_SHARE = 1e-4
+"""of the pairs that a source may be given; the schedule of sources counts in steps of this (data/order.py)"""
+MOST_SOURCES = 16
+"""a process keeps a few dozen shards open for each, of some thousand files that the system lets it open"""
+
+
+class Source(Section):
+    """One of several training datasets. Of the pairs seen it gives ``weight`` over the sum of the weights."""
+
+    name: str
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+class Mix(Section):
+    """Two texts for an image: ``long`` with probability ``p_long``, else ``short``, drawn for each sample and epoch.
+
+    Validation and test see ``long``.
+    """
+
+    short: str
+    long: str
+    p_long: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _templates(self) -> Mix:
+        for key in ("short", "long"):
+            _check_template(key, getattr(self, key))
+        return self
+
+
+def _plain(value: Any) -> str:
+    return "plain" if isinstance(value, str) else "made up"
 
 
 class Data(Section):
     """Datasets: a name that the site profile knows, or a path (``./``, ``../``, ``/``) to indexed shards."""
 
-    train: str
+    train: Annotated[
+        Annotated[str, Tag("plain")] | Annotated[tuple[Source, ...], Field(strict=False), Tag("made up")],
+        Discriminator(_plain),
+    ]
+    """one dataset, or a list of several with weights"""
     val: str
     test: str | None = None
-    text: Annotated[str, Field(min_length=1)] = "txt"
-    """``txt`` for the sample's text member, else the name of a field of its JSON member"""
+    text: Annotated[Annotated[str, Tag("plain")] | Annotated[Mix, Tag("made up")], Discriminator(_plain)] = "txt"
+    """``txt`` for the sample's text member, or the name of a field of its JSON member; or a template over such names,
+    ``"{txt} {image_context}"``; or a mix of two of these"""
+    shuffle_sentences: bool = False
+    """a text's sentences in an order drawn for each sample and epoch; not in validation and test"""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (Source(name=self.train),) if isinstance(self.train, str) else self.train
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if not 1 <= len(self.sources) <= MOST_SOURCES:
+            raise bad("train", f"names {len(self.sources)} datasets; valid are 1 to {MOST_SOURCES}")
+        names = [source.name for source in self.sources]
+        whole = sum(source.weight for source in self.sources)
+        for i, source in enumerate(self.sources):
+            if source.name in names[:i]:
+                raise bad(
+                    f"train.{i}.name", f"{source.name!r} is given twice; give it once, with the sum of the weights"
+                )
+            if source.weight / whole < LEAST_SHARE:
+                raise bad(
+                    f"train.{i}.weight",
+                    f"is {source.weight:g} of {whole:g}; below {LEAST_SHARE:g} of the sum is too little",
+                )
+        if isinstance(self.text, str):
+            _check_template("text", self.text)
+        return self
+
+
+@lru_cache
+def template(text: str) -> tuple[tuple[str, str], ...]:
+    """Literals, each with the name of the field that follows it (empty after the last).
+
+    ``"{txt} See: {a}."`` -> ``(("", "txt"), (" See: ", "a"), (".", ""))``; a text without braces is one name. ``{{``
+    stands for a brace, as in Python. Raises ValueError saying what is wrong.
+    """
+    if "{" not in text and "}" not in text:
+        pieces = [("", text)]
+    else:
+        pieces = []
+        for literal, name, form, conversion in Formatter().parse(text):
+            if form or conversion or name == "":
+                raise ValueError("between braces stands the name of a field and nothing else")
+            pieces.append((literal, name or ""))
+    if not any(name for _, name in pieces):
+        raise ValueError("names no field")
+    return tuple(pieces)
+
+
+def _check_template(key: str, text: str) -> None:
+    try:
+        template(text)
+    except ValueError as error:
+        raise bad(
+            key, f"is {text!r}: {error}; valid is a field's name, or a template such as '{{txt}} {{title}}'"
+        ) from None
 
 
 class Train(Section):
@@ -124,6 +261,7 @@ class Train(Section):
     samples: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     global_batch: Annotated[int, Field(ge=2)]
+    loss: Literal["contrastive", "sigmoid"] = "contrastive"
     precision: Literal["fp32", "bf16"] = "bf16"
     lr: Annotated[float, Field(gt=0, le=10)]
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -153,11 +291,16 @@ class Engine(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """pairs that a rank runs at once: all that it holds, or fewer, with gradients cached between two passes"""
     activation_checkpointing: bool = False
+    text: Literal["packed", "padded"] = "packed"
+    """``padded``: every caption padded to the window, as others do; the same result, for comparison"""
     loader_workers: Annotated[int, Field(ge=0)] = 2
     """processes that decode images, per rank"""
     hang_minutes: Annotated[float, Field(gt=0)] = 10
     """silence of all ranks after which the run counts as hung; longer where its own steps or saves take longer"""
+    bad_limit: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """share of an attempt's samples that may be unusable; above it the run stops"""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """passed to DeepSpeed as it is; keys that this file decides elsewhere are refused"""
 
@@ -264,8 +407,7 @@ class Experiment(Section):
 def check_batch(experiment: Experiment, ranks: int) -> int:
     """Pairs of the global batch that each of ``ranks`` processes holds.
 
-    Raises a pydantic error where the batch does not divide, or where a smaller micro batch would need gradient
-    accumulation: that would shrink the set of negatives and change the experiment in silence.
+    Raises a pydantic error where the batch does not divide among them, or a rank's share not into micro-batches.
     """
     batch = experiment.train.global_batch
     if batch % ranks:
@@ -275,13 +417,16 @@ def check_batch(experiment: Experiment, ranks: int) -> int:
             f"is {batch}, which does not divide among {ranks} ranks; nearest that do: {below}, {above}",
         )
     micro = experiment.engine.micro_batch
-    if micro != "auto" and micro != batch // ranks:
+    share = batch // ranks
+    if micro != "auto" and share % micro:
+        below = max(n for n in range(1, min(micro, share) + 1) if share % n == 0)
+        above = min(n for n in range(min(micro, share), share + 1) if share % n == 0)
         raise bad(
             "engine.micro_batch",
-            f"is {micro}, but {batch} pairs on {ranks} ranks are {batch // ranks} each; accumulating smaller "
-            f"micro batches would shrink the negatives; use auto, or {batch // micro if micro <= batch else 1} ranks",
+            f"is {micro}, which does not divide the {share} pairs that each of {ranks} ranks holds; "
+            f"nearest that do: {', '.join(str(n) for n in sorted({below, above}))}; or auto, all {share} at once",
         )
-    return batch // ranks
+    return share
 
 
 _INTERVAL = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(min|minutes?|epochs?|samples?|steps?)\s*$")

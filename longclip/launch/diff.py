@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longclip.errors import UserError
-from longclip.experiment.identity import REFERENCES, differences, flatten, identity
+from longclip.experiment.identity import REFERENCES, TRAIN, differences, flatten, identity, references
 from longclip.experiment.load import load
 from longclip.experiment.schema import Experiment
 from longclip.launch.resolve import resolve
@@ -72,7 +72,7 @@ def compare(a: str, b: str, site: Site) -> Comparison:
         UserError: one is neither, or more than one run or experiment.
     """
     ours, theirs = _side(a, site), _side(b, site)
-    flat_a, flat_b = (flatten(s.experiment.model_dump(mode="json")) for s in (ours, theirs))
+    flat_a, flat_b = (flatten(s.experiment.model_dump(mode="json")) | references(s.experiment) for s in (ours, theirs))
     ids = [dict(ours.identity), dict(theirs.identity)]
     # Content that one side cannot see says nothing about the other's: then names are all there is.
     blind = {key: why for s in (ours, theirs) for key, why in s.unknown.items()}
@@ -98,7 +98,7 @@ def _side(target: str, site: Site) -> Side:
         resolved = resolve(experiment, site)
         unknown = {key: "not here" for key, pin in resolved.pins.items() if pin.startswith("unresolved:")}
         unknown |= {key: p.message for p in resolved.problems for key in unknown if p.message.startswith(f"{key}: ")}
-        unknown = {key: why.removeprefix(f"{key}: ") for key, why in unknown.items() if key in REFERENCES}
+        unknown = {key: why.removeprefix(f"{key}: ") for key, why in unknown.items() if key in references(experiment)}
         return Side(str(file), experiment, identity(experiment, resolved.pins), unknown)
     found = find_runs(site.runs, target)
     if len(found) != 1:
@@ -109,8 +109,9 @@ def _side(target: str, site: Site) -> Side:
 
 def _value(key: str, facts: dict[str, Any], flat: dict[str, Any]) -> Any:
     """A reference is shown by its name and what it holds, everything else by its value."""
-    value = flat.get(key)
-    if key in REFERENCES and value is not None and facts.get(key) != value:
+    value = flat.get(key, facts.get(key))  # shares of sources are in identity only
+    refers = key in REFERENCES or key.startswith(f"{TRAIN}.")
+    if refers and value is not None and facts.get(key) not in (value, None):
         return f"{value} (content {str(facts.get(key))[:12]})"
     return value
 

@@ -12,7 +12,8 @@ from longclip.experiment.load import Loaded
 from longclip.experiment.schema import Experiment
 from longclip.launch.resolve import Resolved, resolve
 from longclip.launch.site import Site
-from longclip.launch.status import CONTINUES, statuses
+from longclip.launch.status import CONTINUES, UNDER_WAY, statuses
+from longclip.run import lineage
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder, runs_of
 
@@ -47,9 +48,9 @@ def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan
     Raises:
         UserError: two experiments are the same run, or a run folder belongs to another experiment.
     """
-    drafts = []
-    for one in loaded:
-        resolved = resolve(one.experiment, site)
+    drafts: list[tuple[Loaded, Resolved, dict[str, Any], RunFolder]] = []
+    for one in _parents_first(loaded):
+        resolved = resolve(one.experiment, site, [(run, facts) for _, _, facts, run in drafts])
         facts = identity(one.experiment, resolved.pins)
         run = RunFolder(site.runs / one.sweep / f"{one.experiment.name}-{uid(facts)}")
         drafts.append((one, resolved, facts, run))
@@ -68,7 +69,10 @@ def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan
         if run.exists():
             run.check(facts)
             existing.append(run)
-    known, words = statuses(existing)
+    elsewhere = {r.parent.path: r.parent for _, r, _, _ in drafts if r.parent is not None and r.parent.exists()}
+    for run in existing:
+        elsewhere.pop(run.path, None)
+    known, words = statuses([*existing, *elsewhere.values()])
     states = {s.run.path: s for s in known}
     grown = {run.sweep for _, _, _, run in drafts if run.path not in states}
     others = {sweep: [(r, r.identity()) for r in runs_of(site.runs, sweep)] for sweep in grown}
@@ -80,7 +84,42 @@ def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan
             state = states[run.path]
             action, why = _decide(state.state, state.note, state.samples, retry and words.complete)
         plans.append(Plan(one.experiment, one.axes, resolved, facts, run, action, why, attempts[run.path]))
+    queued = {p.run.path for p in plans if p.queues}
+    for each in plans:
+        parent = each.resolved.parent
+        if each.queues and parent is not None and parent.path not in queued and not lineage.has_begun(each.run):
+            theirs = states.get(parent.path)
+            if theirs is None or theirs.state not in (*UNDER_WAY, "finished"):
+                told = "was never queued" if theirs is None else f"is {theirs.state} at {theirs.samples:,} samples"
+                each.resolved.problems.append(
+                    UserError(f"{lineage.KEY}: {parent.name} {told}", f"submit or longclip retry {parent.name} first")
+                )
     return plans
+
+
+def _parents_first(loaded: Sequence[Loaded]) -> list[Loaded]:
+    """The order in which runs that begin from others of the same submit can be queued; else as they were.
+
+    Raises UserError where they begin from each other.
+    """
+    by_name = {one.experiment.name: one for one in loaded}
+    done: list[Loaded] = []
+
+    def add(one: Loaded, above: tuple[Loaded, ...]) -> None:
+        if any(one is other for other in done):
+            return
+        if any(one is other for other in above):
+            circle = " <- ".join(other.experiment.name for other in (*above, one))
+            raise UserError(f"{lineage.KEY}: {circle}: none of these can begin")
+        init = one.experiment.model.init
+        parent = by_name.get(str(lineage.run_name(init.source)).rpartition("/")[2]) if init else None
+        if parent is not None:
+            add(parent, (*above, one))
+        done.append(one)
+
+    for one in loaded:
+        add(one, ())
+    return done
 
 
 def known_attempts(run: RunFolder) -> list[tuple[Any, ...]]:

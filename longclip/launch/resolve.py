@@ -7,16 +7,21 @@ files, so that a worker on a node without internet loads what was meant, or noth
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longclip.data.shards import Dataset, open_dataset
+from longclip.data.text import Text, render
 from longclip.data.tokens import vocabulary_of
 from longclip.errors import LongclipError, SiteError, UserError
-from longclip.experiment.identity import hash_folder, references
+from longclip.experiment import kinds
+from longclip.experiment.identity import OPEN_CLIP, hash_folder, references, train_sources
 from longclip.experiment.schema import Experiment
 from longclip.launch.site import Site
+from longclip.run import lineage
+from longclip.run.folder import RunFolder
 
 _FETCHED = ["*.json", "*.safetensors", "*.txt", "*.model", "pytorch_model*.bin"]
 
@@ -31,11 +36,17 @@ class Resolved:
     """why this could not be submitted; a dry run shows them and goes on"""
     samples: int | None = None
     """pairs that the whole run will see"""
+    parent: RunFolder | None = None
+    """the run whose end gives this one its first weights"""
 
 
-def resolve(experiment: Experiment, site: Site) -> Resolved:
-    """Finds every reference. What cannot be found is a problem, and pinned by name so that a dry run can go on."""
+def resolve(experiment: Experiment, site: Site, beside: Sequence[tuple[RunFolder, Mapping[str, Any]]] = ()) -> Resolved:
+    """Finds every reference. What cannot be found is a problem, and pinned by name so that a dry run can go on.
+
+    ``beside``: runs that are submitted together with this one, and their identities; it may begin from one of them.
+    """
     found = Resolved()
+    sizes: dict[str, int] = {}
     wanted = references(experiment)
     if experiment.data.test is not None:
         wanted["data.test"] = experiment.data.test
@@ -44,10 +55,11 @@ def resolve(experiment: Experiment, site: Site) -> Resolved:
             if key.startswith("data."):
                 folder = site.dataset(reference)
                 dataset = open_dataset(folder)
-                _check_text(dataset, experiment, key)
+                _check_text(dataset, Text.of(experiment.data))
                 found.pins[key] = dataset.hash
-                if key == "data.train":
-                    found.samples = _samples(experiment, len(dataset))
+                sizes[key] = len(dataset)
+            elif key == lineage.KEY:
+                folder, found.pins[key], found.parent = _origin(reference, site, beside)
             else:
                 folder = _tower(reference, site)
                 found.pins[key] = hash_folder(folder)
@@ -57,6 +69,9 @@ def resolve(experiment: Experiment, site: Site) -> Resolved:
             found.problems.append(error)
             found.pins[key] = f"unresolved:{reference}"
     try:
+        train = train_sources(experiment)
+        if all(key in sizes for key in train):
+            found.samples = _samples(experiment, sum(sizes[key] for key in train))
         _check_towers(experiment, found.paths)
     except LongclipError as error:
         found.problems.append(error)
@@ -67,34 +82,62 @@ def _samples(experiment: Experiment, dataset: int) -> int:
     batch = experiment.train.global_batch
     asked = experiment.train.samples or int(dataset * (experiment.train.epochs or 0))
     if asked < batch:
-        raise UserError(f"train: {asked} samples are not one global batch of {batch}")
+        raise UserError(f"data.train: train: {asked} samples are not one global batch of {batch}")
     return asked // batch * batch
 
 
-def _check_text(dataset: Dataset, experiment: Experiment, key: str) -> None:
-    """The first sample has the text that the experiment wants: a misnamed field shows before the queue, not after."""
-    name = experiment.data.text
+LOOKED_AT = 100
+"""samples among which every field that a template names must occur"""
+
+
+def _check_text(dataset: Dataset, text: Text) -> None:
+    """Some of the first samples have the text that is wanted: a misnamed field shows before the queue, not after."""
     shard = next(i for i, size in enumerate(dataset.sizes) if size)
+    count = min(LOOKED_AT, dataset.sizes[shard])
     try:
-        sample, text, fields = dataset.fields_and_text(shard, 0)
+        first = [dataset.fields_and_text(shard, index) for index in range(count)]
     except OSError as error:
         raise SiteError(f"{dataset.folder}: cannot be read: {error}", f"longclip data index {dataset.folder}") from None
-    value = text if name == "txt" else fields.get(name)
-    if not isinstance(value, str) or not value.strip():
-        strings = ", ".join(sorted(k for k, v in fields.items() if isinstance(v, str)))
+    samples = [{**fields, "txt": txt} for _, txt, fields in first]
+    missing = [name for name in text.names if not any(name in sample for sample in samples)]
+    missing += [t for t in text.texts if not any(render(t, sample).strip() for sample in samples)]
+    if missing:
+        known = ", ".join(sorted({k for s in samples for k, v in s.items() if isinstance(v, (str, list, dict)) and v}))
         raise UserError(
-            f"sample {sample} of {dataset.folder} has no text {name!r} (data.text)",
-            f"data.text: txt, or one of {strings}",
+            f"{dataset.folder} has no text {missing[0]!r} (data.text) in its first {count} samples",
+            f"data.text: one of {known}, or a template over them",
         )
+
+
+def _origin(
+    reference: str, site: Site, beside: Sequence[tuple[RunFolder, Mapping[str, Any]]]
+) -> tuple[Path, str, RunFolder | None]:
+    """Where a run's first weights lie or will lie, their pin, and the run that they are of, if it is one."""
+    name = lineage.run_name(reference)
+    if name is not None:
+        run, identity = lineage.find(name, site.runs, beside)
+        return run.path, lineage.pin_of_run(identity, reference), run
+    if not Path(reference).is_absolute():
+        folder = _fetched(reference, site)
+    elif (run := RunFolder(Path(lineage.without_best(reference)))).exists():
+        return run.path, lineage.pin_of_run(run.identity(), reference), run
+    else:
+        folder = Path(reference)
+    return folder, lineage.hash_of_weights(folder), None
 
 
 def _tower(reference: str, site: Site) -> Path:
     """The folder of a tower or tokenizer; hub ids (``owner/name``, ``owner/name@revision``) are fetched."""
     if Path(reference).is_absolute():
         folder = Path(reference)
-        if not (folder / "config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        if not any((folder / file).is_file() for file in ("config.json", "tokenizer_config.json", OPEN_CLIP)):
             raise UserError(f"{reference}: no tower or tokenizer here (no config.json, no tokenizer_config.json)")
         return folder
+    return _fetched(reference, site)
+
+
+def _fetched(reference: str, site: Site) -> Path:
+    """The files of a hub id, on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -119,32 +162,36 @@ def _tower(reference: str, site: Site) -> Path:
         ) from None
 
 
-def _tower_config(folder: Path, key: str, known: tuple[str, ...]) -> dict[str, Any]:
+def _tower_config(folder: Path, key: str, side: str) -> dict[str, Any]:
     """The config of a tower in a folder. Raises UserError where there is none, or of another kind of model."""
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {folder}/config.json cannot be read: {error}") from None
+    known = kinds.known(side)
     if config.get("model_type") not in known:
         raise UserError(f"{key}: {folder} is a {config.get('model_type')!r} model; known here: {', '.join(known)}")
-    return config
+    return kinds.part(config, side)
 
 
 def _check_towers(experiment: Experiment, paths: dict[str, str]) -> None:
     """The towers are of a known kind; window and vocabulary fit the text tower, as far as its config says."""
+    image, text = experiment.model.image, experiment.model.text
     if folder := paths.get("model.image.tower"):
-        _tower_config(Path(folder), "model.image.tower", ("clip_vision_model", "clip", "vit"))
-    text = experiment.model.text
+        kind = "clip_vision_model"
+        if not (Path(folder) / OPEN_CLIP).is_file() or (Path(folder) / "config.json").is_file():
+            kind = _tower_config(Path(folder), "model.image.tower", "image")["model_type"]
+        if why := kinds.image_pool(kind, image.pool):
+            raise UserError(f"model.image.pool: {why}")
     config = text.config
     if config is None and (folder := paths.get("model.text.tower")):
-        config = _tower_config(Path(folder), "model.text.tower", ("modernbert", "bert"))
+        config = _tower_config(Path(folder), "model.text.tower", "text")
+        if why := kinds.text_pool(config["model_type"], text.pool):
+            raise UserError(f"model.text.pool: {why}")
+        if why := kinds.too_short(config, experiment.model.context_length, text.positions, text.keep):
+            raise UserError(f"model.context_length: {why}")
     if config is None:
         return
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and experiment.model.context_length > positions:
-        raise UserError(
-            f"model.context_length: {experiment.model.context_length} is above {text.tower}'s {positions} positions"
-        )
     tokenizer = paths.get("model.text.tokenizer") or paths.get("model.text.tower")
     tokens = vocabulary_of(Path(tokenizer)) if tokenizer else None
     size = config.get("vocab_size")

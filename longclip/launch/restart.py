@@ -14,7 +14,9 @@ import contextlib
 import os
 from pathlib import Path
 
+from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder, write_text
+from longclip.run.verdicts import REQUEUED
 
 AGAIN = 85
 """The exit code of a worker that has saved and wants to go on"""
@@ -44,6 +46,22 @@ def not_again(run: RunFolder, job: str) -> None:
         mark(run, job).unlink()
 
 
+def note_who_requeued(run: RunFolder, job: str) -> None:
+    """Called by a worker that starts: says of the job's last life, if Slurm ended it by itself, that it did.
+
+    Where the node of the batch script dies, nobody is left to write a word; but then the script has not asked for the
+    requeue either.
+    """
+    asked = run.attempts / f".requeued-{job}"
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        return
+    last = next((a for a in reversed(attempts_of(run)) if a.started is not None), None)
+    if asked.exists():
+        asked.unlink()
+    elif last is not None and last.job == job:
+        write_text(last.path / REQUEUED, "")
+
+
 def before() -> list[str]:
     """Lines of the batch script before the worker.
 
@@ -66,6 +84,7 @@ def after() -> list[str]:
         '    sleep "$pause"',
         '    state=$(scontrol show job -o "$SLURM_JOB_ID") || continue',
         '    case $state in *" JobState=RUNNING "*) ;; *) break ;; esac',
+        '    : >"attempts/.requeued-$SLURM_JOB_ID"',
         '    scontrol requeue "$SLURM_JOB_ID" || continue',
         f"    [ ! -e attempts/{EXCLUDE} ] ||",
         f'      scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(cat attempts/{EXCLUDE})"',

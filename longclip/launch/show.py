@@ -15,6 +15,7 @@ from rich.text import Text
 
 from longclip.experiment.identity import references
 from longclip.launch.status import CONTINUES, UNDER_WAY, statuses
+from longclip.run import lineage
 from longclip.run.attempts import Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json
 from longclip.run.journal import read_points
@@ -45,6 +46,7 @@ def facts(run: RunFolder) -> dict[str, Any]:
             key: {"reference": name, "content": identity.get(key), "path": paths.get(key)}
             for key, name in references(experiment).items()
         },
+        "origin": _json(run.path / lineage.ORIGIN),
         "experiment": experiment.model_dump(mode="json"),
         "next": _next(run, status.state),
     }
@@ -131,6 +133,8 @@ def page(said: dict[str, Any], experiment: str) -> RenderableType:
         + (f": {said['note']}" if said["note"] else ""),
         "mlflow": f"{said['mlflow']['run_id']} at {said['mlflow']['uri']}" if said["mlflow"] else "not synced yet",
     }
+    if said["origin"]:
+        head["began with"] = lineage.line(said["origin"])
     parts: list[RenderableType] = [_table((), head.items())]
     if said["attempts"]:
         titles = ("attempt", "job", "nodes", "ranks", "code", "version", "began", "took", "from", "to", "verdict")

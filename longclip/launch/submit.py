@@ -24,7 +24,8 @@ from longclip.launch.scheduler import jobs_of_mine
 from longclip.launch.site import Site
 from longclip.launch.snapshot import Code, Snapshot, freeze
 from longclip.launch.status import UNDER_WAY, statuses
-from longclip.run.attempts import Attempt, new_attempt
+from longclip.run import lineage
+from longclip.run.attempts import Attempt, attempts_of, new_attempt
 from longclip.run.folder import dump_experiment, read_json, write_json, write_text
 from longclip.track.lease import Lease
 from longclip.track.stream import streamable
@@ -125,9 +126,21 @@ def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str |
     return attempt
 
 
+def _parent_s_job(plan: Plan) -> str | None:
+    """The job by whose end the run that this one begins from has finished; None where there is nothing to wait for."""
+    parent = plan.resolved.parent
+    if parent is None or lineage.has_begun(plan.run) or lineage.is_finished(parent):
+        return None
+    records = [a.submitted for a in attempts_of(parent) if a.submitted and a.submitted.get("job")]
+    # Of jobs queued ahead behind each other the last counts: those before it may end at their time limit.
+    return str([records[-1]["job"], *records[-1].get("links", ())][-1]) if records else None
+
+
 def _queue(plan: Plan, site: Site, kind: str, code: Snapshot) -> submitit.Job[Any]:
     attempt = record_attempt(plan, site, kind, code)
     passed = [f"afterok:{plan.held_by['job']}"] if plan.held_by else []
+    if not plan.canary and (parents := _parent_s_job(plan)):
+        passed.append(f"afterok:{parents}")
     try:
         job = start(plan.experiment, plan.run, attempt, site, kind, code, passed)
         record = {

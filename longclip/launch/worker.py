@@ -213,6 +213,8 @@ def _claim(record: RunFolder, number: int, facts: dict[str, Any], ranks: Ranks) 
 
 def _claim_alone(record: RunFolder, number: int, facts: dict[str, Any]) -> tuple[str, str]:
     job = _job_id()
+    if restart.in_slurm():
+        restart.note_who_requeued(record, job)
     if why := stays(record):
         return "leave", why
     is_canary = "canary" in (Attempt(record.attempts / f"{number:04d}").submitted or {})

@@ -8,7 +8,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Paragraph:
-    """One paragraph of the body (or of a sub-article's), its text with white space collapsed."""
+    """One paragraph of the body, the back matter or a sub-article, its text with white space collapsed.
+
+    Acknowledgements, footnotes and abstracts are among them only where they cite a figure.
+    """
 
     text: str
     section: str
@@ -22,7 +25,7 @@ class Mention:
     paragraph: int
     """index into ``Article.paragraphs``"""
     start: int
-    """where in that paragraph's text the mention begins, in characters"""
+    """where in that paragraph's text the mention begins, in characters; a cross-reference may have no words"""
     end: int
     how: Literal["xref", "range", "text"]
     """a cross-reference to it, one that names it within a range ("Figs. 2-4"), or words without a cross-reference"""
@@ -39,9 +42,9 @@ class Figure:
     title: str
     """the caption's title, or empty"""
     caption: str
-    """title and paragraphs joined by a space; empty where there is none"""
+    """the group's caption if there is one, title and paragraphs, joined by a space; empty where there is none"""
     graphics: tuple[str, ...]
-    """hrefs as written, in document order, each once"""
+    """hrefs as written, in document order, each once; of ``alternatives``, files of one picture, the best"""
     group: str = ""
     """label or id of the fig-group around it"""
     sub_article: str = ""
@@ -53,8 +56,8 @@ class Figure:
 @dataclass(frozen=True)
 class License:
     name: str
-    """"CC BY 4.0", "CC0 1.0", "CC BY-NC 4.0", ..., "other" where terms are stated that are none of these, "unknown"
-    where none are stated"""
+    """"CC BY 4.0", "CC0 1.0", "CC BY-NC 4.0", ..., without a version ("CC BY") where none is given, "other" where terms
+    are stated that are none of these, "unknown" where none are stated"""
     url: str = ""
     source: Literal["link", "attribute", "prose", "none"] = "none"
     """where it was read"""

@@ -15,27 +15,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     BertModel,
+    CLIPTextModel,
     CLIPVisionModel,
     ModernBertModel,
     PreTrainedConfig,
     PreTrainedModel,
+    RobertaModel,
+    SiglipVisionModel,
     ViTModel,
+    XLMRobertaModel,
 )
 
 from longclip.errors import UserError
+from longclip.experiment import kinds
 from longclip.experiment.schema import ImageTower, TextTower
+from longclip.model import openclip
 from longclip.model.packing import PACKED, Packed
 
-VISION: dict[str, type[PreTrainedModel]] = {
+CLASSES: dict[str, type[PreTrainedModel]] = {
     "clip_vision_model": CLIPVisionModel,
-    "clip": CLIPVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
     "vit": ViTModel,
+    "modernbert": ModernBertModel,
+    "bert": BertModel,
+    "roberta": RobertaModel,
+    "xlm-roberta": XLMRobertaModel,
+    "clip_text_model": CLIPTextModel,
 }
-TEXT: dict[str, type[PreTrainedModel]] = {"modernbert": ModernBertModel, "bert": BertModel}
+_HAVE_POOLER = (ViTModel, BertModel, RobertaModel, XLMRobertaModel)
+"""would make a task's head, unless told not to"""
 
 _CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """openai/CLIP's normalisation, as its processors carry it"""
@@ -56,60 +67,83 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, spec: ImageTower, embed_dim: int, weights: bool = True) -> None:
         super().__init__()
-        self.trunk = _trunk(spec.tower, spec.config, VISION, "sdpa", weights)
+        settings = _settings(spec.tower, spec.config, "image")
+        if why := kinds.image_pool(settings.model_type, spec.pool):
+            raise UserError(f"model.image.pool: {why}")
+        if isinstance(settings, SiglipVisionModel.config_class):
+            settings.vision_use_head = spec.pool == "map"  # else weights that no gradient reaches
+        self.trunk = _trunk(spec.tower, settings, "sdpa", weights)
         self.pool = spec.pool
         self.head = _head(spec.head, self.trunk.config.hidden_size, embed_dim)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         out = self.trunk(pixel_values=pixels_BCHW.to(next(self.trunk.parameters()).dtype))
-        hidden = out.last_hidden_state
-        # CLIP leaves the last norm to the pooled token; ViT has applied it to all.
-        norm = self.trunk.post_layernorm if isinstance(self.trunk, CLIPVisionModel) else nn.Identity()
-        pooled = hidden[:, 0] if self.pool == "cls" else hidden[:, 1:].mean(dim=1)
-        features: Tensor = self.head(norm(pooled))
+        features: Tensor = self.head(self._pooled(out))
         return features.float()
+
+    def _pooled(self, out: Any) -> Tensor:
+        """[B, width]; what is pooled has been through the tower's last norm."""
+        if self.pool == "map":
+            mapped: Tensor = out.pooler_output
+            return mapped
+        hidden_BND = out.last_hidden_state
+        if isinstance(self.trunk, SiglipVisionModel):  # patches only
+            return torch.mean(hidden_BND, dim=1)
+        pooled_BD: Tensor = hidden_BND[:, 0] if self.pool == "cls" else hidden_BND[:, 1:].mean(dim=1)
+        # CLIP leaves the last norm to the pooled token; ViT has applied it to all.
+        return self.trunk.post_layernorm(pooled_BD) if isinstance(self.trunk, CLIPVisionModel) else pooled_BD
 
 
 class TextEncoder(nn.Module):
     """Packed captions -> [B, embed_dim] features (fp32, not normalised)."""
 
-    def __init__(self, spec: TextTower, embed_dim: int, weights: bool = True) -> None:
+    def __init__(self, spec: TextTower, embed_dim: int, weights: bool = True, pad_to: int | None = None) -> None:
+        """``pad_to`` is for comparison: captions are padded to that length inside, instead of running packed."""
         super().__init__()
-        self.trunk = _trunk(spec.tower, spec.config, TEXT, PACKED, weights)
+        settings = _settings(spec.tower, spec.config, "text")
+        if why := kinds.text_pool(settings.model_type, spec.pool):
+            raise UserError(f"model.text.pool: {why}")
+        self.trunk = _trunk(spec.tower, settings, PACKED if pad_to is None else "sdpa", weights)
         self.pool = spec.pool
+        self.pad_to = pad_to
+        self.offset = kinds.offset(self.trunk.config.to_dict())
         self.head = _head(spec.head, self.trunk.config.hidden_size, embed_dim)
 
     def forward(self, text: Packed) -> Tensor:
-        no_mask: Any = {"full_attention": None, "sliding_attention": None}
-        hidden_TD = self.trunk(
-            input_ids=text.ids_T[None],
-            position_ids=text.positions_T()[None],
-            attention_mask=no_mask if isinstance(self.trunk, ModernBertModel) else None,
-            groups=text.groups(),
-        ).last_hidden_state[0]
-        pooled = text.mean_BD(hidden_TD) if self.pool == "mean" else text.first_BD(hidden_TD)
-        return self._project(pooled)
-
-    def padded(self, captions: Sequence[Tensor], length: int | None = None) -> Tensor:
-        """The same features the usual way: padded to ``length`` (or the longest), masked. The reference for packing."""
-        lengths = torch.tensor([len(c) for c in captions])
-        ids_BL = pad_sequence(list(captions), batch_first=True)
-        if length is not None:
-            ids_BL = nn.functional.pad(ids_BL, (0, length - ids_BL.shape[1]))
-        mask_BL = torch.arange(ids_BL.shape[1])[None] < lengths[:, None]
-        self.trunk.set_attn_implementation("sdpa")
-        try:
-            hidden_BLD = self.trunk(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
-        finally:
-            self.trunk.set_attn_implementation(PACKED)
-        if self.pool == "cls":
-            return self._project(hidden_BLD[:, 0].float())
-        summed = (hidden_BLD.float() * mask_BL[..., None]).sum(1)
-        return self._project(summed / lengths[:, None])
-
-    def _project(self, pooled_BD: Tensor) -> Tensor:
-        features: Tensor = self.head(pooled_BD.to(next(self.head.parameters()).dtype))
+        hidden_TD = self._packed(text) if self.pad_to is None else self._padded(text, self.pad_to)
+        pool = {"mean": text.mean_BD, "cls": text.first_BD, "last": text.last_BD}[self.pool]
+        features: Tensor = self.head(pool(hidden_TD).to(next(self.head.parameters()).dtype))
         return features.float()
+
+    def _packed(self, text: Packed) -> Tensor:
+        """Hidden states of the tokens, [T, width]."""
+        if not len(text.ids_T):  # no tower takes that, and all its weights shall have a gradient: zero
+            return self._packed(Packed(text.ids_T.new_zeros(1), (1,), (0,)))[:0]
+        ids_1T, positions_1T = text.ids_T[None], (text.positions_T() + self.offset)[None]
+        if isinstance(self.trunk, CLIPTextModel):  # its forward refuses more tokens than one caption may have
+            rows = self.trunk.embeddings
+            embedded_1TD = rows.token_embedding(ids_1T) + rows.position_embedding(positions_1T)
+            out = self.trunk.encoder(embedded_1TD, attention_mask=None, is_causal=True, bounds=text.bounds())
+            clip_TD: Tensor = self.trunk.final_layer_norm(out.last_hidden_state)[0]
+            return clip_TD
+        no_mask: Any = {"full_attention": None, "sliding_attention": None}
+        hidden_TD: Tensor = self.trunk(
+            input_ids=ids_1T,
+            position_ids=positions_1T,
+            attention_mask=no_mask if isinstance(self.trunk, ModernBertModel) else None,
+            bounds=text.bounds(),
+        ).last_hidden_state[0]
+        return hidden_TD
+
+    def _padded(self, text: Packed, length: int) -> Tensor:
+        """The same the usual way, by transformers' own attention and masks over [B, length]: packing's reference."""
+        at = text.segments_T(), text.positions_T()
+        ids_BL = text.ids_T.new_zeros(len(text), length).index_put(at, text.ids_T)
+        mask_BL = torch.zeros_like(ids_BL).index_put(at, torch.ones_like(text.ids_T))
+        positions_1L = (torch.arange(length, device=ids_BL.device) + self.offset)[None]
+        out = self.trunk(input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_1L)
+        hidden_TD: Tensor = out.last_hidden_state[at]
+        return hidden_TD
 
 
 def _head(kind: str, width: int, embed_dim: int) -> nn.Module:
@@ -120,34 +154,34 @@ def _head(kind: str, width: int, embed_dim: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, embed_dim, bias=False))
 
 
-def _trunk(
-    tower: str | None,
-    config: dict[str, Any] | None,
-    known: dict[str, type[PreTrainedModel]],
-    attention: str,
-    weights: bool,
-) -> PreTrainedModel:
+def _trunk(tower: str | None, settings: PreTrainedConfig, attention: str, weights: bool) -> PreTrainedModel:
     """The tower without pooler or task head, in fp32."""
-    options: dict[str, Any] = {"attn_implementation": attention}
-    settings = _config(tower, config)
-    if settings.model_type not in known:
-        raise UserError(f"{tower}: a {settings.model_type} model; known here: {', '.join(known)}")
-    cls = known[settings.model_type]
-    if cls in (ViTModel, BertModel):
-        options["add_pooling_layer"] = False
-    if tower is not None and weights:
-        return cls.from_pretrained(tower, dtype=torch.float32, **options)
-    if settings.model_type == "clip":
-        settings = settings.vision_config
-    options.pop("attn_implementation")
+    cls = CLASSES[settings.model_type]
+    options = {"add_pooling_layer": False} if cls in _HAVE_POOLER else {}
+    folder = Path(tower or "")
+    if tower is not None and weights and not openclip.is_openclip(folder):
+        return cls.from_pretrained(
+            tower, config=settings, dtype=torch.float32, attn_implementation=attention, **options
+        )
     model = cls(settings, **options)
+    if tower is not None and weights:
+        try:
+            model.load_state_dict(openclip.trunk_weights(folder))
+        except RuntimeError as error:
+            raise UserError(f"{tower}: {openclip.WEIGHTS} is not of its config's shape: {error}") from None
     model.set_attn_implementation(attention)
     return model
 
 
-def _config(tower: str | None, config: dict[str, Any] | None) -> PreTrainedConfig:
+def _settings(tower: str | None, config: dict[str, Any] | None, side: str) -> PreTrainedConfig:
+    """The configuration of one tower; of a checkpoint with both that of this ``side``."""
     if config is None:
-        return AutoConfig.from_pretrained(tower)
+        if openclip.is_openclip(Path(str(tower))) and side == "image":
+            return openclip.vision_config(Path(str(tower)))
+        settings = AutoConfig.from_pretrained(tower)
+        if settings.model_type not in kinds.known(side):
+            raise UserError(f"{tower}: a {settings.model_type} model; known here: {', '.join(kinds.known(side))}")
+        return getattr(settings, "vision_config" if side == "image" else "text_config", settings)
     values = dict(config)
     try:
         return AutoConfig.for_model(values.pop("model_type"), **values)
@@ -157,10 +191,12 @@ def _config(tower: str | None, config: dict[str, Any] | None) -> PreTrainedConfi
 
 def pixels_of(spec: ImageTower) -> Pixels:
     """What the tower wants to see, from its processor's file where it has one."""
-    config = _config(spec.tower, spec.config)
-    if config.model_type == "clip":
-        config = config.vision_config
+    config = _settings(spec.tower, spec.config, "image")
+    mean: Sequence[float]
+    std: Sequence[float]
     mean, std = _CLIP_MEAN_STD if config.model_type == "clip_vision_model" else _HALF
+    if spec.tower and openclip.is_openclip(Path(spec.tower)):
+        mean, std = openclip.mean_std(Path(spec.tower)) or (mean, std)
     processor = Path(spec.tower or "") / "preprocessor_config.json"
     if spec.tower and processor.is_file():
         settings = json.loads(processor.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@
         checkpoints/           step-*/, latest (see train/checkpoint.py)
         evaluations/           scores of checkpoints on test sets
         mlflow.json            the MLflow run that stands for this run
+        origin.json            whose weights it began with, where not with drawn ones (run/lineage.py)
 
 Every file has one writer. Small files are written aside and renamed, so a reader never sees half of one.
 """

@@ -20,6 +20,8 @@ OWN = ("crashed", "out of memory", "hung", "killed")
 """Perhaps the run's own fault: it goes on as long as it gets further."""
 NEEDS_HANDS = ("diverged", "no space", "bad input", "rejected")
 """Would end the same way again: a person decides."""
+REQUEUED = "requeued-by-slurm"
+"""In the folder of an attempt that left no word, and whose job Slurm started again unasked (launch/restart.py)"""
 SAME_CHECKPOINT = 3
 """Own failures in a row from one checkpoint that end a run, wherever after it they happened"""
 
@@ -48,7 +50,7 @@ class Verdict:
     """pairs seen when it ended, as far as is known"""
     message: str = ""
     source: str = "worker"
-    """who says so: worker, log, or nobody"""
+    """who says so: worker, log, scheduler, or nobody"""
     time: float | None = None
 
 
@@ -72,13 +74,20 @@ def verdict_of(attempt: Attempt) -> Verdict | None:
         if not _LOST_PEER.search(failure["message"]):
             return Verdict(kind, samples, f"{where}: {failure['message']}", time=when)
         # Whoever it lost was killed before it could say a word; perhaps Slurm says why.
-        told = from_log(attempt)
+        told = from_log(attempt) or _requeued(attempt)
         if told is not None and told.kind != CANCELLED:
-            return Verdict(told.kind, samples, told.message, "log", when)
+            return Verdict(told.kind, samples, told.message, told.source, when)
         return Verdict("killed", samples, f"{where} lost its connection to another rank", time=when)
     if attempt.started is None:
         return None
-    return from_log(attempt)
+    return from_log(attempt) or _requeued(attempt)
+
+
+def _requeued(attempt: Attempt) -> Verdict | None:
+    if not (attempt.path / REQUEUED).exists():
+        return None
+    node = ", ".join((attempt.started or {}).get("nodes", ())[:1])
+    return Verdict("node failed", reached(attempt), f"Slurm started the job again unasked: {node} is gone", "scheduler")
 
 
 def first_failure(attempt: Attempt) -> dict[str, Any] | None:

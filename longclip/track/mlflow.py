@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from longclip.errors import LongclipError, SiteError, UserError
-from longclip.experiment.identity import flatten
+from longclip.experiment.identity import flatten, train_sources
 from longclip.run import checkpoints
 from longclip.run.attempts import FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json, write_json
@@ -281,10 +281,14 @@ def _datasets(run: RunFolder, experiment: Any) -> list[Any]:
     hashes = {**run.identity(), "data.test": (_test(run) or {}).get("dataset")}
     return [
         DatasetInput(
-            Dataset(key, str(hashes[key])[:DIGEST_LENGTH], "longclip", str(getattr(experiment.data, key[5:]))),
+            Dataset(key, str(hashes[key])[:DIGEST_LENGTH], "longclip", str(name)),
             [InputTag("mlflow.data.context", context)],
         )
-        for key, context in (("data.train", "training"), ("data.val", "validation"), ("data.test", "test"))
+        for key, name, context in (
+            *((key, name, "training") for key, name in train_sources(experiment).items()),
+            ("data.val", experiment.data.val, "validation"),
+            ("data.test", experiment.data.test, "test"),
+        )
         if hashes.get(key)
     ]
 

@@ -11,12 +11,15 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from longclip.data.loader import Reader, training_batches
 from longclip.data.order import Order
 from longclip.data.shards import Dataset
+from longclip.data.sources import Sources
+from longclip.data.text import render
 from longclip.evaluate.retrieval import evaluate
 from longclip.run.folder import write_json
 from longclip.train import checkpoint
@@ -47,6 +50,7 @@ def canary(job: Job, ranks: Ranks) -> None:
     experiment = job.experiment
     recipe = experiment.train
     engine, reader, val = prepare(job, ranks)
+    reader = replace(reader, text=replace(reader.text, p_long=1.0))
     order = _Longest(reader.dataset, longest(job, reader, ranks))
     total_steps = steps_of(experiment, len(reader.dataset))
     workers = experiment.engine.loader_workers
@@ -58,7 +62,7 @@ def canary(job: Job, ranks: Ranks) -> None:
     def step(number: int) -> float:
         begun = time.monotonic()
         engines.set_lr(engine, engines.learning_rate(recipe, number, total_steps))
-        loss, _, grad_norm = take_step(engine, next(batches), ranks)
+        loss, _, grad_norm = take_step(engine, next(batches), recipe.loss, ranks)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise Diverged(f"loss {loss}, gradient norm {grad_norm} in step {number + 1} of a canary")
         job.beat(0)
@@ -105,7 +109,7 @@ def longest(job: Job, reader: Reader, ranks: Ranks) -> list[tuple[int, int]]:
             index = position - (int(ends[shard - 1]) if shard else 0)
             _, text, fields = dataset.fields_and_text(shard, index)
             places.append((shard, index))
-            texts.append(str(text if reader.field == "txt" else fields.get(reader.field) or ""))
+            texts.append(render(reader.text.long, {**fields, "txt": text}))
         _, lengths = reader.tokenizer(texts)
         found += [(length, *place) for length, place in zip(lengths, places, strict=True)]
         job.beat(0)
@@ -116,7 +120,7 @@ def longest(job: Job, reader: Reader, ranks: Ranks) -> list[tuple[int, int]]:
 class _Longest(Order):
     """The same ``places`` over and over, in place of an order over the whole dataset."""
 
-    def __init__(self, dataset: Dataset, places: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, dataset: Dataset | Sources, places: Sequence[tuple[int, int]]) -> None:
         super().__init__(dataset.sizes, 0)
         self.places = places
 

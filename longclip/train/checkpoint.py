@@ -7,6 +7,8 @@ and moments are read out of the engine as whole tensors and set into it again:
     0       the module's parameters                   the parameter
     1, 2    slices of one flat tensor a group, rank   that flat tensor
     3       slices of one flat tensor a sub group     that flat tensor
+
+Frozen parameters have no moments, and no fp32 copy besides the module's own, in the precision that it computes in.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from longclip.errors import LongclipError, SiteError, told_as_no_space
-from longclip.run import checkpoints
+from longclip.run import checkpoints, lineage
 from longclip.run.checkpoints import LATEST, MANIFEST, MOMENTS, STATE, WEIGHTS
 from longclip.train.ranks import Ranks
 
@@ -88,7 +90,8 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
     for kind in (WEIGHTS, *MOMENTS):
         with safe_open(path / f"{kind}.safetensors", framework="pt") as saved:
             for name, parameter in engine.module.named_parameters():
-                _set(engine, parameter, kind, saved.get_tensor(name))
+                if kind == WEIGHTS or parameter.requires_grad:
+                    _set(engine, parameter, kind, saved.get_tensor(name))
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer.update_lp_params()  # the module's copies, in its own precision, from the fp32 slices
     return state
@@ -97,6 +100,19 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
 def newest(folder: Path, ranks: Ranks) -> Path | None:
     """Rank 0's :func:`longclip.run.checkpoints.latest` on all ranks; where it raises, all do. Collective."""
     return _on_rank_0(ranks, folder, partial(checkpoints.latest, folder))
+
+
+def read_origin(folder: Path, reference: str, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights that :func:`longclip.run.lineage.origin` finds, and its record. Rank 0 verifies. Collective."""
+
+    def find() -> tuple[Path, dict[str, Any]]:
+        path, record = lineage.origin(folder, reference)
+        if (path / MANIFEST).is_file():
+            checkpoints.verify(path)
+        return path, record
+
+    path, record = _on_rank_0(ranks, folder, find)
+    return load_weights(path), record
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -108,12 +124,18 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _tensors(engine: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor) of each parameter: its weight or a moment. Collective at stages 1 to 3."""
+    """(name, whole tensor) of each parameter: its weight, or a moment if it has any. Collective at stages 1 to 3."""
+    import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     _link_moments(engine)
     for name, parameter in engine.module.named_parameters():
-        if engine.zero_optimization_stage() == 0:
+        if not parameter.requires_grad:
+            if kind != WEIGHTS:
+                continue
+            with deepspeed.zero.GatheredParameters(parameter):  # does nothing below stage 3
+                tensor = parameter.detach().clone()
+        elif engine.zero_optimization_stage() == 0:
             tensor = parameter if kind == WEIGHTS else engine.basic_optimizer.state[parameter][kind]
         elif kind == WEIGHTS:
             tensor = safe_get_full_fp32_param(parameter)
@@ -134,7 +156,10 @@ def _set(engine: Any, parameter: Any, kind: str, value: Tensor) -> None:
     )
 
     stage = engine.zero_optimization_stage()
-    if stage == 0:
+    if not parameter.requires_grad:
+        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
+            parameter.data.copy_(value)
+    elif stage == 0:
         target = parameter if kind == WEIGHTS else engine.basic_optimizer.state[parameter][kind]
         target.copy_(value)
     elif stage < 3:

@@ -1,8 +1,9 @@
 """DeepSpeed around a model: its configuration, the optimizer, one step, and the learning rate.
 
 What is easily got wrong here changes an experiment in silence, and is therefore spelled out: the batch arithmetic
-(no gradient accumulation, which would shrink the negatives), gradient clipping (1.0 in DeepSpeed when absent) and the
-gradient norm (before clipping, at every ZeRO stage).
+(DeepSpeed accumulates over the micro-batches of a step, whose gradients come from the loss over all of them, see
+``cached.py``; never over losses, which would shrink the negatives), gradient clipping (1.0 in DeepSpeed when absent)
+and the gradient norm (before clipping, at every ZeRO stage).
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ def deepspeed_config(experiment: Experiment, ranks_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration for ``experiment`` on ``ranks_size`` processes.
 
     ``engine.deepspeed`` of the experiment is merged over it, key by key; the schema has refused those that are
-    decided here. Raises UserError where the global batch does not divide among the ranks.
+    decided here. Raises UserError where the global batch does not divide among the ranks and micro-batches.
     """
     train = experiment.train
     try:
-        micro_batch = check_batch(experiment, ranks_size)
+        share = check_batch(experiment, ranks_size)
     except PydanticCustomError as error:
         key, message = (error.context or {})["key"], (error.context or {})["message"]
         raise UserError(f"{key} {message}") from error
+    micro_batch = share if experiment.engine.micro_batch == "auto" else experiment.engine.micro_batch
     config: dict[str, Any] = {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": share // micro_batch,
         "gradient_clipping": train.grad_clip,
         "zero_optimization": {"stage": experiment.engine.zero_stage},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded or not, Adam is torch's
         "bf16": {"enabled": train.precision == "bf16"},
     }
     return _merge(config, experiment.engine.deepspeed)
@@ -54,14 +57,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def start(model: nn.Module, experiment: Experiment, ranks: Ranks) -> Any:
     """The DeepSpeed engine that trains ``model`` (fp32 parameters, none of them 0-dim) with AdamW. Collective.
 
-    Weight decay is for matrices: one-dimensional parameters (norms, biases, the temperature) have none. Adam is
-    torch's own (fused on CUDA), which needs no compiler at run time and does the same at every stage.
+    Weight decay is for matrices: one-dimensional parameters (norms, biases, the temperature) have none; frozen ones
+    are not the optimizer's. Adam is torch's own (fused on CUDA), which needs no compiler at run time and does the same
+    at every stage.
     """
     import deepspeed
 
     train = experiment.train
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=train.lr,

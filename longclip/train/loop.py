@@ -14,26 +14,30 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from longclip.data.loader import Batch, Reader, training_batches
-from longclip.data.order import Order, key
+from longclip.data.order import Mixture, key
 from longclip.data.shards import Dataset, open_dataset
+from longclip.data.sources import Sources
+from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer
 from longclip.errors import LongclipError, UserError
 from longclip.evaluate.retrieval import ceiling, evaluate
+from longclip.experiment.identity import train_sources
 from longclip.experiment.schema import Experiment, Model, parse_interval
 from longclip.model.clip import DualEncoder, build
 from longclip.model.towers import pixels_of
-from longclip.run import checkpoints
+from longclip.run import checkpoints, lineage
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt
 from longclip.run.folder import RunFolder, write_json
 from longclip.run.journal import SAVE_SECONDS, Journal
-from longclip.train import checkpoint
+from longclip.train import cached, checkpoint, warm
 from longclip.train import engine as engines
-from longclip.train.loss import contrastive_loss
+from longclip.train.loss import LOSSES
 from longclip.train.meters import Meters
 from longclip.train.ranks import Ranks
 
@@ -44,8 +48,16 @@ METER_STEPS = 10
 FLUSH_SECONDS = 2.0
 
 
+BAD_ALLOWED = 10
+"""Unusable samples that an attempt may meet whatever their share: of a few hundred samples a share says nothing"""
+
+
 class Diverged(LongclipError):
     """The loss or its gradient is no longer a number."""
+
+
+class TooManyBad(UserError):
+    """More samples cannot be used than ``engine.bad_limit`` allows."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,9 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     """
     experiment = job.experiment
     recipe = experiment.train
-    engine, reader, val = prepare(job, ranks)
+    engine, reader, val = prepare(job, ranks, begin=not lineage.has_begun(job.run))
     train_set = reader.dataset
+    assert isinstance(train_set, Sources)
     batch = recipe.global_batch
     total_steps = steps_of(experiment, len(train_set))
     state: dict[str, Any] = {"step": 0, "samples": 0, "best": None}
@@ -84,13 +97,14 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         print(_opening(job, ranks, state, total_steps, len(train_set)), flush=True)
     evaluate_every = interval_samples(experiment.evaluate.every, len(train_set), batch)
     save_every, save_seconds = _save_interval(experiment, len(train_set))
-    evaluated = saved = state["samples"]
+    begun_at = evaluated = saved = state["samples"]
+    bad_samples = 0
     saved_at = flushed_at = time.monotonic()
     meters = Meters(engine, experiment, ranks)
     batches = meters.waiting(
         training_batches(
             reader,
-            Order(train_set.sizes, recipe.seed),
+            order_of(experiment, train_set),
             recipe.crop_scale,
             batch,
             range(state["step"], total_steps),
@@ -124,7 +138,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         engines.set_lr(engine, lr)
         # Dropout's draws belong to the step and the rank, so that a run that continues draws what it would have drawn.
         torch.manual_seed(key(recipe.seed, "dropout", step, ranks.rank) % 2**63)
-        loss, scale, grad_norm = take_step(engine, part, ranks)
+        loss, scale, grad_norm = take_step(engine, part, recipe.loss, ranks)
         state.update(step=step + 1, samples=(step + 1) * batch)
         alive()
         _note_bad(job, part, step, ranks)
@@ -169,6 +183,17 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
                 f"loss {mean_loss}, gradient norm {grad_norm} after {state['samples']:,} samples (step {state['step']})"
             )
 
+        bad_samples += int(bad)
+        seen, limit = state["samples"] - begun_at, experiment.engine.bad_limit
+        if bad_samples > BAD_ALLOWED + limit * seen:
+            if journal:
+                journal.flush()
+            example = next(name for names in ranks.gather(part.bad) for name in names)
+            raise TooManyBad(
+                f"{bad_samples:,} of {seen:,} samples cannot be used, engine.bad_limit is {limit:g}; such as {example}",
+                f"all are named in {job.attempt.path}/bad-samples-*.jsonl",
+            )
+
         improved = False
         if _crossed(evaluated, state["samples"], evaluate_every) or last:
             scores = evaluate(engine, engine.module, val, experiment.evaluate.batch, ranks, alive)
@@ -199,26 +224,46 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     return FINISHED
 
 
-def prepare(job: Job, ranks: Ranks) -> tuple[Any, Reader, Reader]:
+def prepare(job: Job, ranks: Ranks, begin: bool = False) -> tuple[Any, Reader, Reader]:
     """The engine with initial weights, and the readers of training and validation data. Collective.
+
+    ``begin``: those of another run, where the experiment says so. A run that continues needs them no more.
 
     Raises UserError where the inputs do not fit the experiment.
     """
     experiment = job.experiment
     spec = localized(experiment.model, job.paths)
-    train_set, val_set = (open_pinned(job, name) for name in ("data.train", "data.val"))
+    train_set = Sources(tuple(open_pinned(job, name) for name in train_sources(experiment)))
+    val_set = open_pinned(job, "data.val")
     tokenizer = Tokenizer(job.paths.get("model.text.tokenizer") or str(spec.text.tower), spec.context_length)
-    model = build(spec, experiment.train.seed, experiment.engine.activation_checkpointing)
+    how = experiment.engine
+    model = build(
+        spec, experiment.train.seed, how.activation_checkpointing, experiment.train.loss, how.text == "padded"
+    )
     check_fit(model, tokenizer, experiment)
-    train, val = (Reader(d, tokenizer, pixels_of(spec.image), experiment.data.text) for d in (train_set, val_set))
-    return engines.start(model, experiment, ranks), train, val
+    if begin and spec.init is not None:
+        warm.start(model, spec, spec.init, Path(job.paths[lineage.KEY]), job.run, ranks)
+    train = Reader(train_set, tokenizer, pixels_of(spec.image), Text.of(experiment.data))
+    return engines.start(model, experiment, ranks), train, replace(train, dataset=val_set)
 
 
-def take_step(engine: Any, part: Batch, ranks: Ranks) -> tuple[float, float, float]:
-    """One optimizer step on this rank's ``part``: its loss, the scale of the logits, the gradient norm. Collective."""
-    image_bd, text_bd, scale = engine(part.pixels.to(ranks.device), part.text.to(ranks.device))
-    loss = contrastive_loss(image_bd, text_bd, scale, ranks, part.valid.to(ranks.device))
-    engine.backward(loss)
+def order_of(experiment: Experiment, dataset: Sources) -> Mixture:
+    weights = [source.weight for source in experiment.data.sources]
+    return Mixture([part.sizes for part in dataset.parts], experiment.train.seed, weights)
+
+
+def take_step(engine: Any, part: Batch, kind: str, ranks: Ranks) -> tuple[float, float, float]:
+    """One optimizer step on this rank's ``part``: its loss, the scale of the logits, the gradient norm. Collective.
+
+    ``kind`` is ``train.loss``. Two passes where ``engine`` takes the part in several micro-batches, else one.
+    """
+    count = engine.gradient_accumulation_steps()
+    if count > 1:
+        loss, scale = cached.backward(engine, part, LOSSES[kind], count, ranks)
+    else:
+        image_bd, text_bd, *numbers = engine(part.images(ranks.device), part.text.to(ranks.device))
+        loss, scale = LOSSES[kind](image_bd, text_bd, *numbers, ranks, part.valid.to(ranks.device)), numbers[0]
+        engine.backward(loss)
     grad_norm = engines.step(engine)
     return loss.item(), scale.item(), grad_norm
 
@@ -271,16 +316,11 @@ def open_pinned(job: Job, key: str) -> Dataset:
 
 
 def check_fit(model: DualEncoder, tokenizer: Tokenizer, experiment: Experiment) -> None:
-    """Raises UserError where tokenizer, tower and window do not go together."""
+    """Raises UserError where tokenizer and tower do not go together. (That the window fits, ``build`` has seen to.)"""
     config = model.text.trunk.config
     if tokenizer.vocabulary > config.vocab_size:
         raise UserError(
             f"model.text: the tokenizer has {tokenizer.vocabulary} tokens, the tower's vocabulary {config.vocab_size}"
-        )
-    if experiment.model.context_length > config.max_position_embeddings:
-        raise UserError(
-            f"model.context_length: {experiment.model.context_length} is above the text tower's "
-            f"{config.max_position_embeddings} positions"
         )
 
 
@@ -322,10 +362,12 @@ def _note_bad(job: Job, part: Batch, step: int, ranks: Ranks) -> None:
 def _opening(job: Job, ranks: Ranks, state: dict[str, Any], total_steps: int, dataset: int) -> str:
     experiment = job.experiment
     batch = experiment.train.global_batch
+    share, micro = batch // ranks.size, experiment.engine.micro_batch
+    cached_in = "" if micro in ("auto", share) else f" (cached gradients, {share // int(micro)} x {micro})"
     return (
         f"{job.run.name}: attempt {job.attempt.number}, {ranks.size} ranks on {ranks.device.type}, "
         f"window {experiment.model.context_length}, ZeRO {experiment.engine.zero_stage}, "
-        f"{experiment.train.precision}, batch {batch} = {ranks.size} x {batch // ranks.size}, "
+        f"{experiment.train.precision}, batch {batch} = {ranks.size} x {share}{cached_in}, "
         f"{dataset:,} pairs, {total_steps:,} steps, from sample {state['samples']:,}; "
         f"threads {torch.get_num_threads()}, pid {os.getpid()}"
     )

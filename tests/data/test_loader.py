@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +17,13 @@ from PIL import Image
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import models, pre_tokenizers, processors
 
+from longclip.data.decode import square
 from longclip.data.index import index_folder
-from longclip.data.loader import Batch, Reader, _Steps, evaluation_batches, square, training_batches
-from longclip.data.order import Order
+from longclip.data.loader import Batch, Reader, _Steps, evaluation_batches, training_batches
+from longclip.data.order import Mixture, Order
 from longclip.data.shards import Dataset, Sample, open_dataset, write_shard
+from longclip.data.sources import Sources
+from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer, cut, vocabulary_of, waste
 from longclip.model.towers import Pixels
 
@@ -76,7 +81,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def reader(root: Path, name: str = "set", window: int = 6, field: str = "txt") -> Reader:
     pixels = Pixels(8, (0.5,) * 3, (0.5,) * 3)
-    return Reader(open_dataset(root / name), Tokenizer(str(root / "tok"), window), pixels, field)
+    return Reader(open_dataset(root / name), Tokenizer(str(root / "tok"), window), pixels, Text(field))
 
 
 def texts_of(batch: Batch) -> list[tuple[int, ...]]:
@@ -120,7 +125,7 @@ def test_ranks_share_one_sequence_of_any_size(sizes: list[int], share: int, seed
     """Two epochs of any index: 1, 2, 3, 4 ranks lay the same batches together, and an epoch is the index once."""
 
     class Places:
-        def batch(self, places: list[tuple[int, int]], crops: object) -> list[tuple[int, int]]:
+        def batch(self, places: list[tuple[int, int]], *_: object) -> list[tuple[int, int]]:
             return places
 
     batch = 12 * share
@@ -134,6 +139,56 @@ def test_ranks_share_one_sequence_of_any_size(sizes: list[int], share: int, seed
     everything = sorted((shard, i) for shard, size in enumerate(sizes) for i in range(size))
     for epoch in range(2):
         assert sorted(sequences[0][epoch * sum(sizes) : (epoch + 1) * sum(sizes)]) == everything
+
+
+def mixed_batches(
+    root: Path, ranks: int, workers: int, steps: range
+) -> list[tuple[torch.Tensor, list[tuple[int, ...]], tuple[str, ...]]]:
+    """Two sources, one with bad images, texts from a mix with shuffled sentences."""
+    parts = tuple(open_dataset(root / name) for name in ("set", "spoiled"))
+    text = Text("{txt} w9. {long}. W1 w2. W3 w4", "txt", 0.5, shuffle=True)
+    source = replace(reader(root, window=40), dataset=Sources(parts), text=text)
+    order = Mixture([part.sizes for part in parts], 5, [3, 1], block=2)
+    streams = [training_batches(source, order, (0.5, 1.0), 12, steps, r, ranks, workers) for r in range(ranks)]
+    return [
+        (torch.cat([p.pixels for p in parts]), [t for p in parts for t in texts_of(p)], sum((p.bad for p in parts), ()))
+        for parts in zip(*streams, strict=True)
+    ]
+
+
+def test_mixed_sources_are_the_same_on_any_ranks_and_workers(shards: Path) -> None:
+    """Weights, text mix, sentence order, crops and bad samples, through several epochs of the smaller source."""
+    expected = mixed_batches(shards, 1, 0, range(12))
+    bad = [name for _, _, names in expected for name in names]
+    # 144 positions, a quarter of them over the 12 samples of the second source: three epochs, each bad sample thrice.
+    assert sorted(name.split(":")[0] for name in bad) == ["00-002"] * 3 + ["01-004"] * 3
+    lengths = {len(t) for _, texts, _ in expected for t in texts}
+    assert len(lengths) > 10, "short and long texts are not both there"
+    for ranks, workers in ((1, 2), (2, 0), (3, 1), (4, 2)):
+        found = mixed_batches(shards, ranks, workers, range(12))
+        for (pixels, texts, names), (want_pixels, want_texts, want_names) in zip(found, expected, strict=True):
+            assert texts == want_texts and names == want_names
+            assert torch.equal(pixels, want_pixels)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    kills=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    ranks=st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=5),
+)
+def test_mixed_sources_killed_and_continued_on_other_ranks(shards: Path, kills: list[int], ranks: list[int]) -> None:
+    """Attempts of a few steps each, each on other ranks: laid end to end they are the run that was never stopped."""
+    ends = [0, *np.cumsum(kills).tolist()]
+    found = [
+        batch
+        for (first, last), size in zip(pairwise(ends), ranks, strict=False)
+        for batch in mixed_batches(shards, size, 0, range(first, last))
+    ]
+    for (pixels, texts, names), (want_pixels, want_texts, want_names) in zip(
+        found, mixed_batches(shards, 1, 0, range(ends[-1])), strict=True
+    ):
+        assert texts == want_texts and names == want_names
+        assert torch.equal(pixels, want_pixels)
 
 
 @settings(max_examples=10, deadline=None)

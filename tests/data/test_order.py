@@ -8,11 +8,12 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longclip.data.order import Order, permutation, uniforms
+from longclip.data.order import PERIOD, Mixture, Order, permutation, uniforms
 
 sizes = st.lists(st.integers(min_value=0, max_value=40), min_size=1, max_size=40).filter(lambda s: sum(s) > 0)
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(0, 2**31), st.integers(1, 7), st.integers(0, 3))
 def test_each_epoch_is_the_multiset_of_the_index(sizes: list[int], seed: int, block: int, epoch: int) -> None:
     order = Order(sizes, seed, block)
@@ -23,6 +24,7 @@ def test_each_epoch_is_the_multiset_of_the_index(sizes: list[int], seed: int, bl
     assert Counter((shard, i) for _, shard, i in located) == everything
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(0, 99), st.integers(1, 5))
 def test_a_block_reads_from_few_shards(sizes: list[int], seed: int, block: int) -> None:
     """Within any stretch of the order between block boundaries, at most ``block`` shards are open."""
@@ -62,12 +64,72 @@ def test_draws_are_pinned() -> None:
     assert [round(x, 12) for x in uniforms(2, 0, "crop", 0, 1, 2).tolist()] == PINNED_UNIFORMS
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 200), st.integers(0, 10))
 def test_uniforms_are_in_range(n: int, seed: int) -> None:
     values = uniforms(n, seed)
     assert ((values >= 0) & (values < 1)).all()
 
 
+# ---- several sources ---------------------------------------------------------------------------------------------
+
+few = st.lists(st.integers(min_value=0, max_value=9), min_size=1, max_size=6).filter(lambda s: sum(s) > 0)
+mixed = st.lists(st.tuples(few, st.floats(0.05, 20)), min_size=1, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mixed, st.integers(0, 99), st.integers(0, 10**9))
+def test_each_source_keeps_its_own_epochs(sources: list[tuple[list[int], float]], seed: int, start: int) -> None:
+    """Wherever one looks: what a source gave before and after is its own order, uninterrupted, epoch after epoch."""
+    sizes, weights = [s for s, _ in sources], [w for _, w in sources]
+    mixture = Mixture(sizes, seed, weights, block=2)
+    shards = [(i, shard) for i, own in enumerate(sizes) for shard in range(len(own))]
+    given: dict[int, list[tuple[int, int, int]]] = {i: [] for i in range(len(sizes))}
+    for position in range(3 * max(map(sum, sizes)) * len(sizes)):
+        epoch, shard, index = mixture.locate(position)
+        given[shards[shard][0]].append((epoch, shards[shard][1], index))
+    for i, own in enumerate(sizes):
+        everything = Counter((shard, k) for shard, size in enumerate(own) for k in range(size))
+        for epoch in range(len(given[i]) // sum(own)):
+            once = given[i][epoch * sum(own) : (epoch + 1) * sum(own)]
+            assert {e for e, _, _ in once} == {epoch}
+            assert Counter((shard, k) for _, shard, k in once) == everything
+    again = pickle.loads(pickle.dumps(mixture))
+    assert [again.locate(p) for p in range(start, start + 20)] == [mixture.locate(p) for p in range(start, start + 20)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0.05, 20), min_size=1, max_size=8), st.integers(0, 10**9), st.integers(1, 3000))
+def test_any_stretch_holds_its_share_of_every_source(weights: list[float], start: int, length: int) -> None:
+    """To within two samples for each of the sources, and one in PERIOD for the rounding of the weights."""
+    mixture = Mixture([[7]] * len(weights), 0, weights)
+    assert int(mixture.counts.sum()) == PERIOD
+    found = Counter(mixture.locate(p)[1] for p in range(start, start + length))
+    for source, weight in enumerate(weights):
+        share = weight / sum(weights) * length
+        assert abs(found[source] - share) <= 2 * len(weights) + length / PERIOD
+
+
+def test_one_source_is_ordered_as_without_a_mixture() -> None:
+    order, mixture = Order([30, 0, 50, 7, 90], 3, 2), Mixture([[30, 0, 50, 7, 90]], 3, block=2)
+    positions = [*range(400), 10**7, 10**12 + 5]
+    assert [mixture.locate(p) for p in positions] == [order.locate(p) for p in positions]
+
+
+def test_sources_of_one_size_are_not_in_step() -> None:
+    mixture = Mixture([[200], [200]], 0, [1, 1])
+    located = [mixture.locate(p) for p in range(400)]
+    first, second = ([index for _, shard, index in located if shard == s] for s in (0, 1))
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_the_schedule_is_pinned() -> None:
+    """A run under way would see other data if it changed."""
+    mixture = Mixture([[5], [5], [5]], 0, [3, 1, 2])
+    assert mixture.counts.tolist() == [5000, 1667, 3333]
+    assert "".join("abc"[mixture.locate(p)[1]] for p in range(12)) == PINNED_SCHEDULE
+
+
 PINNED_PERMUTATION = [2, 6, 7, 5, 4, 3, 0, 1]
 PINNED_UNIFORMS = [0.813910240284, 0.752357396024]
+PINNED_SCHEDULE = "acbacaacbaca"

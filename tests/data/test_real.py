@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from longclip.data.decode import square
 from longclip.data.index import index_folder
-from longclip.data.loader import square
 from longclip.data.shards import open_dataset
 
 HERE = Path(os.environ.get("LONGCLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "openstax"

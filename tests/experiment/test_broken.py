@@ -106,9 +106,31 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         swap("global_batch: 16", "global_batch: 15"),
         "bad.yaml:11: train.global_batch: is 15, which does not divide among 2 ranks; nearest that do: 14, 16",
     ),
-    "micro batch that would accumulate": (
-        swap("zero_stage: 2", "zero_stage: 2\n  micro_batch: 4"),
-        "bad.yaml:16: engine.micro_batch: is 4, but 16 pairs on 2 ranks are 8 each; accumulating",
+    "micro batch that does not divide": (
+        swap("zero_stage: 2", "zero_stage: 2\n  micro_batch: 3"),
+        "bad.yaml:16: engine.micro_batch: is 3, which does not divide the 8 pairs that each of 2 ranks holds; "
+        "nearest that do: 2, 4; or auto, all 8 at once",
+    ),
+    "micro batch above the share": (
+        swap("zero_stage: 2", "zero_stage: 2\n  micro_batch: 16"),
+        "bad.yaml:16: engine.micro_batch: is 16, which does not divide the 8 pairs that each of 2 ranks holds; "
+        "nearest that do: 8; or auto, all 8 at once",
+    ),
+    "plain accumulation": (
+        swap("zero_stage: 2", "zero_stage: 2\n  deepspeed: {gradient_accumulation_steps: 2}"),
+        "bad.yaml:16: engine.deepspeed.gradient_accumulation_steps: is decided by engine.micro_batch (it keeps all",
+    ),
+    "more layers to freeze than there are": (
+        swap("{config: {model_type: vit}}", "{config: {model_type: vit, num_hidden_layers: 3}, freeze: 4}"),
+        "bad.yaml:4: model.image.freeze: is 4, but the tower has 3 layers; at most 3, or all",
+    ),
+    "a word that freezes nothing": (
+        swap("{config: {model_type: vit}}", "{config: {model_type: vit}, freeze: lower}"),
+        "bad.yaml:4: model.image.freeze: is 'lower'; input should be 'all'",
+    ),
+    "loss that nobody knows": (
+        swap("lr: 5e-4", "lr: 5e-4\n  loss: siglip"),
+        "bad.yaml:14: train.loss: is 'siglip'; input should be 'contrastive' or 'sigmoid'",
     ),
     "samples and epochs": (
         swap("samples: 1000", "samples: 1000\n  epochs: 2"),
@@ -128,7 +150,7 @@ BROKEN: dict[str, tuple[Edit, str]] = {
     ),
     "unknown model type": (
         swap("model_type: vit", "model_type: vitt"),
-        "bad.yaml:4: model.image.config.model_type: is 'vitt'; known here: clip_vision_model, vit",
+        "bad.yaml:4: model.image.config.model_type: is 'vitt'; known here: clip_vision_model, siglip_vision_model, vit",
     ),
     "config without tokenizer": (
         swap("    tokenizer: ./tok\n", ""),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic_core import PydanticCustomError
 
+from longclip.errors import ExperimentError
 from longclip.experiment.identity import differences, hash_folder, identity, references, uid
 from longclip.experiment.load import load, short_name
 from longclip.experiment.schema import Experiment, parse_time
@@ -111,6 +112,8 @@ def test_bad_time() -> None:
         "engine.zero_stage=3",
         "engine.loader_workers=7",
         "engine.activation_checkpointing=true",
+        "engine.bad_limit=0.5",
+        "data.shuffle_sentences=false",
         "evaluate.every=10 steps",
         "checkpoint.every=1 min",
         "slurm.tasks_per_node=4",
@@ -136,12 +139,76 @@ def test_these_continue_the_run(change: str, tmp_path: Path) -> None:
         ("model.context_length=154", "model.context_length"),
         ("model.text.pool=cls", "model.text.pool"),
         ("data.text=long_caption", "data.text"),
+        ("data.text='{txt} {title}'", "data.text"),
+        ("data.shuffle_sentences=true", "data.shuffle_sentences"),
     ],
 )
 def test_these_make_another_run_and_name_the_key(change: str, key: str, tmp_path: Path) -> None:
     before, after = (identity(e, PINS) for e in (one(tmp_path), one(tmp_path, overrides=[change])))
     assert uid(before) != uid(after)
     assert list(differences(before, after)) == [key]
+
+
+SOURCES = "[{name: biomedica, weight: 3}, {name: ./own}]"
+
+
+def test_several_sources(tmp_path: Path) -> None:
+    """Paths among them are relative to the file that says them; each is a reference, and their shares are identity."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "_base.yaml").write_text(GOOD.replace("train: ./train", f"train: {SOURCES}"))
+    experiment = one(tmp_path, "extends: base/_base.yaml\n")
+    assert references(experiment) == {
+        "data.train.0": "biomedica",
+        "data.train.1": str(tmp_path / "base" / "own"),
+        "data.val": str(tmp_path / "base" / "val"),
+        "model.text.tokenizer": str(tmp_path / "base" / "tok"),
+    }
+    pins = {**PINS, "data.train.0": "a" * 64, "data.train.1": "b" * 64}
+    facts = identity(experiment, pins)
+    assert {k: v for k, v in facts.items() if k.startswith("data.train")} == {
+        "data.train.0": "a" * 64,
+        "data.train.0.share": 0.75,
+        "data.train.1": "b" * 64,
+        "data.train.1.share": 0.25,
+    }
+    doubled = one(tmp_path, overrides=["data.train=[{name: elsewhere, weight: 6}, {name: x, weight: 2}]"])
+    assert uid(identity(doubled, pins)) == uid(facts)
+    other = one(tmp_path, overrides=["data.train=[{name: elsewhere}, {name: x}]"])
+    assert list(differences(identity(other, pins), facts)) == ["data.train.0.share", "data.train.1.share"]
+
+
+def test_a_list_of_one_source_is_that_source(tmp_path: Path) -> None:
+    listed = one(tmp_path, overrides=["data.train=[{name: ./train, weight: 7}]"])
+    assert uid(identity(listed, PINS)) == uid(identity(one(tmp_path), PINS))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.train=[]", "data.train: names 0 datasets; valid are 1 to 16"),
+        ("data.train=5", "data.train: is 5; "),
+        ("data.train=[{name: a, wieght: 2}]", "data.train.0.wieght: unknown key; did you mean weight?"),
+        ("data.train=[{weight: 2}]", "data.train.0.name: missing"),
+        ("data.train=[{name: a, weight: 0}]", "data.train.0.weight: is 0; input should be greater than 0"),
+        ("data.train=[{name: a}, {name: a}]", "data.train.1.name: 'a' is given twice"),
+        ("data.train=[{name: a}, {name: b, weight: 1e-6}]", "data.train.1.weight: is 1e-06 of 1; below 0.0001"),
+        ("data.text='{txt} {'", "data.text: is '{txt} {': "),
+        ("data.text='{txt:>3}'", "data.text: is '{txt:>3}': between braces stands the name of a field"),
+        ("data.text={short: txt, long: '{}'}", "data.text.long: is '{}': "),
+        ("data.text={short: txt}", "data.text.long: missing"),
+        ("data.text={short: txt, long: a, p_lnog: 1}", "data.text.p_lnog: unknown key; did you mean p_long?"),
+        (
+            "data.text={short: txt, long: a, p_long: 2}",
+            "data.text.p_long: is 2; input should be less than or equal to 1",
+        ),
+        ("data.shuffle_sentences=1", "data.shuffle_sentences: is 1; "),
+    ],
+)
+def test_mistakes_about_data_are_one_line(change: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError) as caught:
+        one(tmp_path, overrides=[change])
+    assert len(caught.value.mistakes) == 1
+    assert said in str(caught.value)
 
 
 def test_other_content_is_another_run(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import sys
@@ -50,7 +51,9 @@ def kill_node(one: Trial, rng: random.Random) -> None:
     node = str(rng.choice(one.attempts[-1].started["nodes"]))  # type: ignore[index]
     one.cluster.kill_node(node)
     try:
-        until(lambda: "down" in one.slurm("sinfo", "-h", "-n", node, "-o", "%T"), 90, f"{node} is down")
+        # Slurm may say "mixed*" of a node that it gave up, for the sake of the job that was on it.
+        words = ["sinfo", "-h", "-n", node, "-o", "%T %E"]
+        until(lambda: re.search("down|Not responding", one.slurm(*words)), 180, f"{node} is lost")
     finally:
         one.cluster.start_node(node)
 

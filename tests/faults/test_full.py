@@ -90,14 +90,16 @@ class _slurm_conf:
             time.sleep(1)
 
 
-def test_a_node_dies(trial: Make, undisturbed: Record) -> None:
+@pytest.mark.parametrize(("which", "name"), [(1, "node death"), (0, "death of the batch script's node")])
+def test_a_node_dies(trial: Make, undisturbed: Record, which: int, name: str) -> None:
+    """Of the first node nothing is left that could write a word, and it is the node's fault all the same."""
     one = trial()
     one.submit()
     one.wait_for(3_000)
-    node = str(one.attempts[-1].started["nodes"][1])  # type: ignore[index]
+    node = str(one.attempts[-1].started["nodes"][which])  # type: ignore[index]
     one.cluster.kill_node(node)
     try:
-        one.finished("node death", undisturbed)
+        one.finished(name, undisturbed)
     finally:
         one.cluster.start_node(node)
     assert one.verdicts() == ["node failed", "finished"]

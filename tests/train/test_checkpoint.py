@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +34,8 @@ ACROSS = [  # (ranks, stage) that saved -> (ranks, stage) that continue
     ((4, 3), (2, 3)),
     ((4, 3), (1, 0)),
 ]
+EVERY = [((2, old), (2, new)) for old, new in permutations(STAGES, 2)]
+EVERY += [((old, stage), (new, stage)) for stage in (1, 3) for old, new in permutations((1, 2, 3, 4), 2)]
 
 
 def named(across: tuple[tuple[int, int], tuple[int, int]]) -> str:
@@ -73,6 +77,26 @@ def test_other_ranks_and_stages_continue(
     run, whole = continued[ranks][named(across)], trained[old_ranks][f"zero{old_stage}"]
     assert run["losses"] == pytest.approx(whole["losses"][10:20], rel=1e-5)
     assert run["norms"] == pytest.approx(whole["norms"][10:20], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_every_pair_continues(run_ranks: Callable[[Groups], Groups], trained: Groups, checkpoints: Path) -> None:
+    three: dict[str, dict[str, Any]] = {
+        f"zero{s}": {"do": "train", "stage": s, "save_at": 10, "folder": str(checkpoints / f"3-zero{s}")}
+        for s in (1, 3)
+    }
+    whole = {**trained, 3: run_ranks({3: three})[3]}
+    groups: Groups = {size: {} for size in (1, 2, 3, 4)}
+    for across in EVERY:
+        (old_ranks, old_stage), (ranks, stage) = across
+        source = checkpoints / f"{old_ranks}-zero{old_stage}" / SAVED
+        groups[ranks][named(across)] = {"do": "train", "stage": stage, "last": 20, "restore": str(source)}
+    runs = run_ranks(groups)
+    for across in EVERY:
+        (old_ranks, old_stage), (ranks, _) = across
+        run, uninterrupted = runs[ranks][named(across)], whole[old_ranks][f"zero{old_stage}"]
+        assert run["losses"] == pytest.approx(uninterrupted["losses"][10:20], rel=1e-5), named(across)
+        assert run["norms"] == pytest.approx(uninterrupted["norms"][10:20], rel=1e-5), named(across)
 
 
 def test_weights_are_read_without_an_engine(trained: Groups, checkpoints: Path) -> None:

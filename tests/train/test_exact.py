@@ -116,5 +116,10 @@ def test_configuration() -> None:
     assert config["gradient_clipping"] == CLIP
     assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
     assert config["steps_per_print"] == 5
+    in_three = asked.model_copy(update={"engine": asked.engine.model_copy(update={"micro_batch": 2})})
+    config = engine.deepspeed_config(in_three, 4)
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (2, 3)
+    with pytest.raises(UserError, match=r"engine\.micro_batch is 2, which does not divide the 3 pairs"):
+        engine.deepspeed_config(in_three, 8)
     with pytest.raises(UserError, match="24, which does not divide among 5 ranks"):
         engine.deepspeed_config(asked, 5)

@@ -11,17 +11,27 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from longclip.data.loader import Reader
+from longclip.data.shards import open_dataset
+from longclip.data.text import Text
+from longclip.data.tokens import Tokenizer
 from longclip.errors import LongclipError
-from longclip.train import checkpoint, engine, loss, ranks
-from tests.train.two_towers import STEPS, TwoTowers, batch, experiment, valid_mask
+from longclip.evaluate.retrieval import evaluate, retrieval
+from longclip.model.clip import build
+from longclip.model.towers import Pixels
+from longclip.train import cached, checkpoint, engine, loop, loss, ranks
+from tests.train import small_clip
+from tests.train.two_towers import STEPS, TwoTowers, batch, experiment, valid_mask, whole_loss
 
 
 def own_part(me: ranks.Ranks, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -50,20 +60,116 @@ def train(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
     return {"losses": losses, "norms": norms}
 
 
+def clip(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """Steps of a real dual encoder as the training loop takes them."""
+    asked = small_clip.experiment(job)
+    running = started(asked, me)
+    first = checkpoint.restore(running, Path(job["restore"]), me)["step"] if "restore" in job else 0
+    losses, norms = [], []
+    for step in range(first, small_clip.STEPS):
+        own, _, norm = loop.take_step(running, small_clip.part(step, me.rank, me.size), asked.train.loss, me)
+        losses.append(me.sum_across([own])[0] / me.size)
+        norms.append(norm)
+        if step + 1 == job.get("save_at"):
+            checkpoint.save(running, Path(job["folder"]), f"step-{step + 1:08d}", {"step": step + 1}, me)
+    running.destroy()
+    return {"losses": losses, "norms": norms}
+
+
+def started(asked: Any, me: ranks.Ranks) -> Any:
+    model = build(asked.model, asked.train.seed, asked.engine.activation_checkpointing, asked.train.loss)
+    return engine.start(model, asked, me)
+
+
+def dropout(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """A two-pass step with dropout, and the same draws of all ranks with every graph kept; largest difference."""
+    from deepspeed.utils import safe_get_full_grad
+
+    asked = small_clip.experiment({**job, "dropout": True})
+    running = started(asked, me)
+    running.train()
+    count = running.gradient_accumulation_steps()
+    torch.manual_seed(100 + me.rank)
+    part = small_clip.part(0, me.rank, me.size)
+    value, _ = cached.backward(running, part, loss.contrastive_loss, count, me)
+    gradients = {name: safe_get_full_grad(p) for name, p in running.module.named_parameters()}
+
+    whole = build(asked.model, asked.train.seed).train()
+    outputs = []
+    for rank in range(me.size):
+        torch.manual_seed(100 + rank)
+        _, micros = cached.deal(small_clip.part(0, rank, me.size), count)
+        outputs += [whole(micro.images(me.device), micro.text) for micro in micros]
+    image, text, scale = zip(*outputs, strict=True)
+    expected = whole_loss("contrastive", torch.cat(image), torch.cat(text), scale[0])
+    expected.backward()
+    wrong_by = max(float((gradients[name].float() - p.grad).norm() / p.grad.norm()) for name, p in named_grads(whole))
+    engine.step(running)
+    running.destroy()
+    return {
+        "loss": me.sum_across([value.item()])[0] / me.size,
+        "expected": expected.item(),
+        "gradients": wrong_by,
+    }
+
+
+def named_grads(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Parameters whose gradient is more than the rounding of a zero (a key's bias has none)."""
+    named = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    largest = max(float(p.grad.norm()) for _, p in named)
+    return [(name, p) for name, p in named if p.grad.norm() > 1e-5 * largest]
+
+
+def score(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """Retrieval by the engine of all ranks, and by one model that sees all pairs at once."""
+    asked = small_clip.experiment(job)
+    half = (0.5, 0.5, 0.5)
+    reader = Reader(open_dataset(job["data"]), Tokenizer(job["tokenizer"], 48), Pixels(16, half, half), Text("txt"))
+    running = started(asked, me)
+    signal.alarm(60)  # ranks that wait for each other are ended
+    scores = [evaluate(running, running.module, reader, job["batch"], me, first=first) for first in job["first"]]
+    signal.alarm(0)
+    running.destroy()
+    model, expected = build(asked.model, asked.train.seed).eval(), []
+    for first in job["first"]:
+        whole = reader.batch([(0, i) for i in range(first)], [None] * first)
+        with torch.no_grad():
+            image, text, _ = model(whole.images(me.device), whole.text)
+        expected.append(retrieval(image[whole.valid], text[whole.valid]) | {"pairs": int(whole.valid.sum())})
+    return {"scores": scores, "expected": expected}
+
+
+def memory(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """The most bytes that a step's graph held at a time."""
+    asked = small_clip.experiment(job)
+    running = started(asked, me)
+    alive, peak = {"bytes": 0}, {"bytes": 0}
+
+    def lose(size: int) -> None:
+        alive["bytes"] -= size
+
+    class Held:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+            size = tensor.numel() * tensor.element_size()
+            alive["bytes"] += size
+            peak["bytes"] = max(peak["bytes"], alive["bytes"])
+            weakref.finalize(self, lose, size)
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        loop.take_step(running, small_clip.part(0, me.rank, me.size), asked.train.loss, me)
+    running.destroy()
+    return peak
+
+
 def wrong(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
-    """Training with a gather whose gradient is too large by the number of ranks."""
-    right = loss.gather
-
-    def scaled(x_bd: torch.Tensor, me: ranks.Ranks) -> torch.Tensor:
-        x_Bd = right(x_bd, me)
-        x_Bd.register_hook(lambda grad: grad * me.size)
-        return x_Bd
-
-    loss.gather = scaled
+    """Training with an exchange of gradients whose result is too large by the number of ranks."""
+    right = loss.own_rows
+    loss.own_rows = lambda x_Bd, me: right(x_Bd, me) * me.size
     try:
         return train(job, me)
     finally:
-        loss.gather = right
+        loss.own_rows = right
 
 
 def superseded_save(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:

@@ -84,6 +84,16 @@ def experiment(stage: int, precision: str = "fp32") -> Any:
     )
 
 
+def whole_loss(kind: str, image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, *bias: torch.Tensor) -> Any:
+    """Both losses as their papers write them, over the whole matrix of similarities; 0 for no pairs."""
+    logits, n = scale * image @ text.T, max(1, len(image))
+    if kind == "sigmoid":
+        sign = 2 * torch.eye(len(image), dtype=logits.dtype) - 1
+        return -functional.logsigmoid(sign * (logits + bias[0])).sum() / n
+    own = torch.arange(len(image))
+    return sum(functional.cross_entropy(x, own, reduction="sum") for x in (logits, logits.T)) / (2 * n)
+
+
 def plain_training(masked: bool = False) -> tuple[list[float], list[float]]:
     """Losses and gradient norms before clipping, by nothing but torch: one process, B x B similarities."""
     model = TwoTowers()
@@ -101,9 +111,7 @@ def plain_training(masked: bool = False) -> tuple[list[float], list[float]]:
         if masked:
             pixels, tokens = pixels[valid_mask(step)], tokens[valid_mask(step)]
         image, text, scale = model(pixels, tokens)
-        similarity = scale * image @ text.T
-        own = torch.arange(len(pixels))
-        loss = (functional.cross_entropy(similarity, own) + functional.cross_entropy(similarity.T, own)) / 2
+        loss = whole_loss("contrastive", image, text, scale)
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))

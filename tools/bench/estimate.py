@@ -121,6 +121,7 @@ def measure(c: dict[str, Any], me: Any) -> int:
     from longclip.data.loader import Batch
     from longclip.model.clip import build
     from longclip.model.packing import pack
+    from longclip.model.towers import pixels_of
     from longclip.train import engine as engines
     from longclip.train.loop import take_step
 
@@ -133,9 +134,10 @@ def measure(c: dict[str, Any], me: Any) -> int:
     captions = [[5] * n for n in lengths_of(share)]
     size = experiment.model.image.config["image_size"]
     for _ in range(STEPS):
-        pixels = torch.randn(share, 3, size, size)
-        part = Batch(pixels, pack(captions), torch.ones(share, dtype=torch.bool), (), 0, 0)
-        take_step(engine, part, me)
+        pixels = torch.randint(0, 256, (share, size, size, 3), dtype=torch.uint8)
+        good = torch.ones(share, dtype=torch.bool)
+        part = Batch(pixels, pixels_of(experiment.model.image), pack(captions), good, (), 0, 0)
+        take_step(engine, part, experiment.train.loss, me)
     return memory_of("VmHWM") - before
 
 

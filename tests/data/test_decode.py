@@ -1,0 +1,133 @@
+"""Pixels: evaluation decodes exactly, training at reduced size cuts the very same place out."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from longclip.data import decode
+from longclip.data.decode import square
+from longclip.data.loader import Batch
+from longclip.model.packing import pack
+from longclip.model.towers import Pixels
+
+Box = tuple[float, float, float, float]
+
+
+def jpeg(pixels: np.ndarray[Any, Any], **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=95, **options)
+    return stream.getvalue()
+
+
+def ramps(width: int, height: int) -> np.ndarray[Any, Any]:
+    """Red grows from left to right, green from top to bottom: a pixel says where it was."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, np.full_like(x, 128)], axis=2).round().astype(np.uint8)
+
+
+def exactly(data: bytes, size: int, box: Box) -> np.ndarray[Any, Any]:
+    """Pillow's own: the whole image decoded, the box cut out and resized."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def test_evaluation_is_exact_at_any_size() -> None:
+    """No reduction, to the bit, however large the image."""
+    noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
+    data = jpeg(noise)
+    assert np.array_equal(square(data, 64, None), exactly(data, 64, (150, 0, 750, 600)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(260, 700),
+    height=st.integers(260, 700),
+    size=st.sampled_from([32, 64, 112]),
+    draws=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 4),
+)
+def test_a_reduced_crop_is_the_same_place(width: int, height: int, size: int, draws: tuple[float, ...]) -> None:
+    """A shift of one pixel of the image, or half of one where it is an edge, would show in the ramps."""
+    data = jpeg(ramps(width, height), subsampling=0)
+    crop = (0.5, 1.0, *draws)
+    with Image.open(io.BytesIO(data)) as image:
+        box = decode._box(width, height, crop)
+        factor = decode._factor(image, box, size)
+    snapped = decode._snapped(box, factor, (width, height))
+    assert all(abs(a - b) < factor for a, b in zip(snapped, box, strict=True))
+    found = square(data, size, crop).astype(int)
+    want = exactly(data, size, snapped if factor > 1 else box).astype(int)
+    assert np.abs(found - want).mean() < (1.0 if factor > 1 else 1e-9)
+    # Red's and green's means say where the crop's centre is: within a tenth of a target pixel.
+    per_pixel = 255 / max(width, height) * (box[2] - box[0]) / size
+    assert np.abs((found - want).mean((0, 1)))[:2].max() < 0.1 * per_pixel + 0.15
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    width=st.integers(1, 3000),
+    height=st.integers(1, 3000),
+    size=st.integers(1, 400),
+    draws=st.tuples(*[st.floats(0, 1, exclude_max=True)] * 4),
+)
+def test_never_reduced_below_what_is_asked_for(width: int, height: int, size: int, draws: tuple[float, ...]) -> None:
+    """And no further reduction would do."""
+    image = Image.new("L", (1, 1))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG")
+    with Image.open(stream) as opened:
+        opened._size = (width, height)  # the header's word is all that is looked at
+        box = decode._box(width, height, (0.3, 1.0, *draws))
+        factor = decode._factor(opened, box, size)
+    left, top, right, bottom = decode._snapped(box, factor, (width, height))
+    assert min(left, top) >= 0 and right <= width and bottom <= height
+    if factor > 1:
+        assert width * height > decode.WHOLE
+        assert min(right - left, bottom - top) // factor >= size
+
+
+@pytest.mark.parametrize(("factor", "side"), [(2, 640), (4, 1280), (8, 2560)])
+def test_reduced_pixels_look_like_the_whole_ones(factor: int, side: int) -> None:
+    """A photograph-like image: as near to the exact decode as JPEG itself is to the original."""
+    rng = np.random.default_rng(1)
+    coarse = Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    data = jpeg(np.asarray(coarse.resize((side, side * 3 // 4), Image.Resampling.BICUBIC)))
+    crop = (0.9, 1.0, 0.2, 0.6, 0.4, 0.8)
+    with Image.open(io.BytesIO(data)) as image:
+        box = decode._box(*image.size, crop)
+        assert decode._factor(image, box, 224) == factor
+    found, want = square(data, 224, crop).astype(int), exactly(data, 224, box).astype(int)
+    assert np.abs(found - want).mean() < 1.5
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_kind_of_jpeg_is_reduced(mode: str, progressive: bool) -> None:
+    image = Image.fromarray(ramps(640, 480)).convert(mode)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=95, progressive=progressive)
+    crop = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    found, want = (
+        square(stream.getvalue(), 100, crop).astype(int),
+        exactly(stream.getvalue(), 100, (0, 0, 640, 480)).astype(int),
+    )
+    assert found.shape == (100, 100, 3)
+    assert np.abs(found - want).mean() < 1.5
+
+
+def test_images_are_normalised_as_the_tower_wants() -> None:
+    """To the bit what the formula says, in the layout that convolutions like."""
+    form = Pixels(6, (0.48, 0.45, 0.40), (0.26, 0.27, 0.28))
+    pixels = torch.arange(2 * 6 * 6 * 3, dtype=torch.int64).remainder(256).to(torch.uint8).view(2, 6, 6, 3)
+    batch = Batch(pixels, form, pack([[1], [1]]), torch.ones(2, dtype=torch.bool), (), 2, 0)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (form.mean, form.std))
+    found = batch.images(torch.device("cpu"))
+    assert torch.equal(found, (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std)
+    assert found.is_contiguous(memory_format=torch.channels_last)
