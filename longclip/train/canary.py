@@ -24,7 +24,8 @@ from longclip.evaluate.retrieval import evaluate
 from longclip.run.folder import write_json
 from longclip.train import checkpoint
 from longclip.train import engine as engines
-from longclip.train.loop import Diverged, Job, peak_bytes, prepare, steps_of, take_step
+from longclip.train.loop import Diverged, Job, prepare, steps_of, take_step
+from longclip.train.meters import peak_bytes
 from longclip.train.ranks import Ranks
 
 STEPS = 20

@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from longclip.run.journal import SAVE_SECONDS, Journal
 from longclip.train import cached, checkpoint, warm
 from longclip.train import engine as engines
 from longclip.train.loss import LOSSES
+from longclip.train.meters import Meters
 from longclip.train.ranks import Ranks
 
 BEST = "val/mean_recall_at_1"
@@ -73,30 +73,6 @@ class Job:
     """called at every sign of life with the pairs seen so far"""
 
 
-@dataclass
-class Meters:
-    """Sums since the last point of the meters, on this rank."""
-
-    since: float = field(default_factory=time.monotonic)
-    waited: float = 0.0
-    tokens: int = 0
-    captions: int = 0
-
-    def reset(self) -> None:
-        self.since, self.waited, self.tokens, self.captions = time.monotonic(), 0.0, 0, 0
-
-    def point(self, window: int, ranks: Ranks) -> dict[str, float]:
-        seconds = time.monotonic() - self.since
-        tokens, captions, waited = ranks.sum_across([float(self.tokens), float(self.captions), self.waited])
-        return {
-            "speed/samples_per_second": captions / seconds,
-            "speed/tokens_per_second": tokens / seconds,
-            "text/padding_avoided": 1.0 - tokens / (captions * window),
-            "data/wait_share": waited / ranks.size / seconds,
-            "memory/peak_gib": peak_bytes(ranks) / 2**30,
-        }
-
-
 def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: False) -> str:
     """Trains, evaluates and saves until the end (``finished``) or a request to stop (``interrupted``).
 
@@ -124,8 +100,8 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     begun_at = evaluated = saved = state["samples"]
     bad_samples = 0
     saved_at = flushed_at = time.monotonic()
-    meters = Meters()
-    batches = _waiting(
+    meters = Meters(engine, experiment, ranks)
+    batches = meters.waiting(
         training_batches(
             reader,
             order_of(experiment, train_set),
@@ -135,8 +111,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
             ranks.rank,
             ranks.size,
             experiment.engine.loader_workers,
-        ),
-        meters,
+        )
     )
 
     def save() -> None:
@@ -167,7 +142,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         state.update(step=step + 1, samples=(step + 1) * batch)
         alive()
         _note_bad(job, part, step, ranks)
-        meters.tokens, meters.captions = meters.tokens + part.tokens, meters.captions + len(part.valid)
+        meters.count(part)
 
         timed_out = save_seconds is not None and time.monotonic() - saved_at >= save_seconds
         losses, stops, dues, tokens, cut, bad = ranks.sum_across(
@@ -193,7 +168,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
             metrics["data/bad_samples"] = bad
         last = state["step"] == total_steps
         if state["step"] % METER_STEPS == 0 or last:
-            metrics |= meters.point(experiment.model.context_length, ranks)
+            metrics |= meters.point()
             meters.reset()
         if journal:
             journal.write(state["step"], state["samples"], metrics)
@@ -377,30 +352,11 @@ def _crossed(before: int, now: int, every: float) -> bool:
     return now // every > before // every
 
 
-def _waiting(batches: Iterator[Batch], meters: Meters) -> Iterator[Batch]:
-    """Passes batches on, and adds up the time that they were waited for."""
-    while True:
-        begun = time.monotonic()
-        try:
-            part = next(batches)
-        except StopIteration:
-            return
-        meters.waited += time.monotonic() - begun
-        yield part
-
-
 def _note_bad(job: Job, part: Batch, step: int, ranks: Ranks) -> None:
     """Records samples that could not be used, by key; one file a rank, so that every file has one writer."""
     if part.bad:
         with (job.attempt.path / f"bad-samples-{ranks.rank:04d}.jsonl").open("a", encoding="utf-8") as f:
             f.writelines(json.dumps({"step": step + 1, "sample": key}) + "\n" for key in part.bad)
-
-
-def peak_bytes(ranks: Ranks) -> int:
-    """Peak memory of this rank: the GPU's where there is one, else the process's."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(ranks.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _opening(job: Job, ranks: Ranks, state: dict[str, Any], total_steps: int, dataset: int) -> str:

@@ -32,7 +32,10 @@ CPU_LIBRARIES = 60 * 2**20
 GPU_LIBRARIES = 2**30
 """bytes of the CUDA context, NCCL's buffers and cuBLAS's workspaces; of the usual size, not measured here"""
 HEAP = 32 * 2**20
-"""bytes up to which glibc takes an allocation from its heap, which keeps holes (mallopt(3), M_MMAP_THRESHOLD)"""
+"""bytes up to which glibc takes an allocation from its heap, and keeps it when it is freed (mallopt(3),
+M_MMAP_THRESHOLD)"""
+HOLES = 2 / 3
+"""share of that which nothing else fits into later; measured"""
 SAVED = {
     "vit": (8, 2),
     "clip_vision_model": (8, 2),
@@ -90,16 +93,18 @@ def memory(
     # The whole share waits as fp32 pixels; what a micro-batch casts them to is among the activations.
     inputs = 3 * 4 * shape.image.pixels * share
     libraries = GPU_LIBRARIES if on_gpu else CPU_LIBRARIES
-    holes = bucket = 0
+    holes = bucket = late = 0
     if on_gpu:  # the allocator joins what is free; DeepSpeed takes its bucket whole when the backward pass begins
         bucket = w * BUCKET if stage else 0
     else:
-        # glibc keeps what small activations took, and what the fp32 weights took that stages above 0 copy away.
-        holes = max(kept if largest < HEAP else 0, 4 * (n - _above_heap(shape)) if stage else 0)
+        small = n - _above_heap(shape)
+        holes = kept if largest < HEAP else 0
+        holes += int(HOLES * 4 * small) if stage else 0  # of the fp32 weights, which stages above 0 copy away
+        late = w * small if stage == 3 and ranks > 1 else 0  # of the weights gathered for the backward pass
     if micro_batch < share:  # the second pass runs micro-batches while gradients of earlier ones stand
         holes, bucket = max(holes, kept), max(bucket, gradients)
     standing = weights + optimizer + inputs + libraries
-    peak = standing + max(kept + loss + bucket, holes + gradients, holes + step)
+    peak = standing + max(kept + loss + bucket, holes + gradients, holes + late + step)
     return Memory(weights, optimizer, gradients, step, kept, loss, inputs, libraries, peak)
 
 
