@@ -3,7 +3,7 @@
 A transformers model sees a batch of one row, ``[1, T]`` with T the real tokens of all captions; an attention function
 registered under the name ``packed`` keeps the captions apart. Everything else in a text tower (embeddings, norms,
 linear layers) works token by token and never notices. Padding to the window is kept as the reference path
-(``model/towers.py: TextEncoder.padded``) that packing is tested and measured against.
+(``engine.text: padded``) that packing is tested and measured against.
 """
 
 from __future__ import annotations

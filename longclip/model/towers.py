@@ -33,7 +33,7 @@ from longclip.errors import UserError
 from longclip.experiment import kinds
 from longclip.experiment.schema import ImageTower, TextTower
 from longclip.model import openclip
-from longclip.model.packing import PACKED, Packed
+from longclip.model.packing import PACKED, Packed, runs_varlen
 
 CLASSES: dict[str, type[PreTrainedModel]] = {
     "clip_vision_model": CLIPVisionModel,
@@ -114,6 +114,14 @@ class TextEncoder(nn.Module):
         pool = {"mean": text.mean_BD, "cls": text.first_BD, "last": text.last_BD}[self.pool]
         features: Tensor = self.head(pool(hidden_TD).to(next(self.head.parameters()).dtype))
         return features.float()
+
+    def attention(self, device: torch.device, dtype: torch.dtype) -> str:
+        """How captions are kept apart there, in words: on a GPU in fp32, or with dropout, it is not the fast way."""
+        if self.pad_to is not None:
+            return f"text padded to {self.pad_to}"
+        config = self.trunk.config.to_dict()
+        dropout = config.get("attention_dropout") or config.get("attention_probs_dropout_prob") or 0.0
+        return f"text packed, attention {'varlen' if runs_varlen(device, dtype, dropout) else 'by length'}"
 
     def _packed(self, text: Packed) -> Tensor:
         """Hidden states of the tokens, [T, width]."""

@@ -94,7 +94,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     journal = Journal(job.attempt.journal) if ranks.rank == 0 else None
     if ranks.rank == 0:
         job.attempt.begin(state["samples"])
-        print(_opening(job, ranks, state, total_steps, len(train_set)), flush=True)
+        print(_opening(job, ranks, engine.module, state, total_steps, len(train_set)), flush=True)
     evaluate_every = interval_samples(experiment.evaluate.every, len(train_set), batch)
     save_every, save_seconds = _save_interval(experiment, len(train_set))
     begun_at = evaluated = saved = state["samples"]
@@ -359,8 +359,9 @@ def _note_bad(job: Job, part: Batch, step: int, ranks: Ranks) -> None:
             f.writelines(json.dumps({"step": step + 1, "sample": key}) + "\n" for key in part.bad)
 
 
-def _opening(job: Job, ranks: Ranks, state: dict[str, Any], total_steps: int, dataset: int) -> str:
+def _opening(job: Job, ranks: Ranks, model: DualEncoder, state: dict[str, Any], total_steps: int, dataset: int) -> str:
     experiment = job.experiment
+    dtype = torch.bfloat16 if experiment.train.precision == "bf16" else torch.float32
     batch = experiment.train.global_batch
     share, micro = batch // ranks.size, experiment.engine.micro_batch
     cached_in = "" if micro in ("auto", share) else f" (cached gradients, {share // int(micro)} x {micro})"
@@ -369,6 +370,7 @@ def _opening(job: Job, ranks: Ranks, state: dict[str, Any], total_steps: int, da
         f"window {experiment.model.context_length}, ZeRO {experiment.engine.zero_stage}, "
         f"{experiment.train.precision}, batch {batch} = {ranks.size} x {share}{cached_in}, "
         f"{dataset:,} pairs, {total_steps:,} steps, from sample {state['samples']:,}; "
+        f"{model.text.attention(ranks.device, dtype)}; "
         f"threads {torch.get_num_threads()}, pid {os.getpid()}"
     )
 

@@ -147,3 +147,16 @@ def _parts(model: DualEncoder) -> dict[str, torch.nn.Module]:
         "text head": model.text.head,
         "temperature": torch.nn.ParameterList([model.log_scale]),
     }
+
+
+def test_which_attention_runs_is_said() -> None:
+    """On a GPU the fast kernel knows neither fp32 nor dropout; the log of such a run says that it is not that one."""
+    gpu = torch.device("cuda")
+    model = build(spec(VIT, MODERNBERT), 0)
+    assert model.text.attention(gpu, torch.bfloat16) == "text packed, attention varlen"
+    assert model.text.attention(gpu, torch.float32) == "text packed, attention by length"
+    assert model.text.attention(torch.device("cpu"), torch.bfloat16) == "text packed, attention by length"
+    drops = build(spec(VIT, {**BERT, "attention_probs_dropout_prob": 0.1}), 0)
+    assert drops.text.attention(gpu, torch.bfloat16) == "text packed, attention by length"
+    padded = build(spec(VIT, MODERNBERT), 0, padded=True)
+    assert padded.text.attention(gpu, torch.bfloat16).startswith("text padded to ")
