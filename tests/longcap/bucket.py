@@ -162,9 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("cut", "wrong length", "stall", "trickle"):
             self.close_connection = True
             body, rest = (body, b"") if fault == "wrong length" else (body[: len(body) // 2], body[len(body) // 2 :])
+        self.bucket.sent[key] += len(body)  # before: the reader may be done before this thread goes on
         self.wfile.write(body)
         self.wfile.flush()
-        self.bucket.sent[key] += len(body)
         if fault == "stall":
             self.bucket.released.wait()
         if fault == "trickle":
