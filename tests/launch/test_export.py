@@ -60,7 +60,7 @@ def test_the_card_says_what_is_known(run: RunFolder, tmp_path: Path) -> None:
     assert f"# {run.name}\n" in card and "| window | 9 tokens |" in card
     assert re.search(r"\| test \| \|\n.*\n\| i2t_recall_at_1 \| [\d.]+ \|", card)
     assert f"| {run.identity()['data.train']} |" in card
-    assert "Of the 96 training pairs 96 were asked for theirs: not stated: 96." in card
+    assert "Of the 96 pairs of data.train 96 were asked for theirs: not stated: 96." in card
 
 
 @pytest.mark.parametrize(
