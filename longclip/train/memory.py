@@ -163,5 +163,6 @@ def kept_by(tower: Tower, tokens: float, seen: float, w: int, checkpointing: boo
     around = w * (3 * tower.width + tower.patch)
     trained = tower.layers - tower.frozen
     if checkpointing:
-        return tokens * (around + trained * w * tower.width + min(trained, 1) * layer)
+        # Of one layer at a time all of it, and its gradients beside it.
+        return tokens * (around + trained * w * tower.width + 2 * min(trained, 1) * layer)
     return tokens * (around + trained * layer)
