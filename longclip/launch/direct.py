@@ -39,6 +39,7 @@ def train_here(file: Path, overrides: list[str], site: Site) -> str:
             failure = error
     told = ranks.tell(told)
     if told is None:
+        processes.stop()  # or its threads, still waiting when the interpreter ends, may turn exit code 2 into an abort
         raise failure or UserError("rank 0 could not begin; its message says why")
     record, number = RunFolder(Path(told[0])), told[1]
     try:

@@ -104,11 +104,13 @@ def storm(cluster: Cluster, root: Path, seed: int, number: int) -> bool:
     one.submit()
     done: list[str] = []
     retries = 0
-    pace = like.seconds / number
     while len(done) < number:
         before = len(one.attempts) - 1
         until(lambda n=before: training(one, n), 900, "training")  # type: ignore[misc]
-        time.sleep(rng.uniform(0.3, 1.7) * pace)
+        # By samples and not by time: all the faults find room in the run, whatever the speed of the machine.
+        here = one.samples()
+        there = here + rng.uniform(0.3, 1.7) * (LONG - here) / (number - len(done) + 1)
+        until(lambda n=there: one.samples() >= n or one.status()["state"] != "running", 900, f"{there:.0f} samples")  # type: ignore[misc]
         state = one.status()["state"]
         if state == "no progress":  # three of them hit between two checkpoints: a person is asked, and goes on
             retries += 1
@@ -117,6 +119,7 @@ def storm(cluster: Cluster, root: Path, seed: int, number: int) -> bool:
         if state == "finished":
             break
         if state != "running" or one.attempts[-1].ended is not None:
+            time.sleep(1)
             continue
         fault = rng.choice(FAULTS)
         count = len(one.attempts)
