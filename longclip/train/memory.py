@@ -34,7 +34,7 @@ GPU_LIBRARIES = 2**30
 HEAP = 32 * 2**20
 """bytes up to which glibc takes an allocation from its heap, and keeps it when it is freed (mallopt(3),
 M_MMAP_THRESHOLD)"""
-HOLES = 2 / 3
+HOLES = 1 / 3
 """share of that which nothing else fits into later; measured"""
 SAVED = {
     "vit": (8, 2),
