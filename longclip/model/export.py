@@ -1,14 +1,14 @@
 """A trained model as folders that others load without this package.
 
-``transformers``: each tower as transformers saves it, with its tokenizer or image processor, and the heads beside them.
-No class of transformers holds the pair: ``VisionTextDualEncoderModel`` projects its text tower's ``pooler_output``,
-which passes a tanh for BERT and is not there for ModernBERT, so neither mean pooling nor the plain first token fits it.
-The lines that put towers and heads together stand in the README, and a test runs them.
+``transformers``: CLIP's towers, pooled and projected as CLIP does it, are a ``CLIPModel``. No class of transformers
+holds any other pair: ``VisionTextDualEncoderModel`` projects its towers' ``pooler_output``, which passes a tanh for
+BERT and ViT and is not there for ModernBERT, so neither mean pooling nor the plain first token fits it. There each
+tower is saved as transformers does it, with its tokenizer or image processor, and the heads beside them:
 
     image/             config.json model.safetensors preprocessor_config.json
     text/              config.json model.safetensors, the tokenizer
     heads.safetensors  image.*, text.*, log_scale
-    README.md          the model card
+    README.md          the model card, with the lines that put them together (recipe.py)
 
 ``open_clip``: its layout for a local folder or the hub; see ``to_openclip.py``.
 """
@@ -23,27 +23,67 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
 
+from longclip.errors import UserError
+from longclip.experiment import kinds
 from longclip.experiment.schema import Model
+from longclip.model import recipe
 from longclip.model.clip import DualEncoder
 from longclip.model.to_openclip import config_of, weights_of
 from longclip.model.towers import Pixels, pixels_of
 
 
 def write_transformers(folder: Path, model: DualEncoder, spec: Model, tokenizer: str) -> str:
-    """Writes towers and heads; ``spec`` has folders of this machine. Returns the lines of Python that use them."""
+    """Writes all but the card; ``spec`` has folders of this machine. Returns the lines of Python that use it."""
+    words = _tokenizer(spec, tokenizer)
+    if kinds.TEXT[model.text.trunk.config.model_type].padding_first:
+        _check_padding(model, words)
+    processor = _processor(pixels_of(spec.image))
+    if (whole := _clip(model, spec, words.eos_token_id)) is not None:
+        _quietly(whole.save_pretrained, folder)
+        words.save_pretrained(folder)
+        _write(folder / "preprocessor_config.json", processor)
+        return recipe.of_clip(spec)
     for side in ("image", "text"):
         _quietly(getattr(model, side).trunk.save_pretrained, folder / side)
-    _save_tokenizer(folder / "text", spec, tokenizer)
-    _write(folder / "image" / "preprocessor_config.json", _processor(pixels_of(spec.image)))
+    words.save_pretrained(folder / "text")
+    _write(folder / "image" / "preprocessor_config.json", processor)
     heads: dict[str, Tensor] = {
         f"{side}.{name}": tensor
         for side in ("image", "text")
         for name, tensor in getattr(model, side).head.state_dict().items()
     }
-    alone = {name: p.detach() for name, p in model.named_parameters() if "." not in name}  # the temperature
+    alone = {name: p.detach() for name, p in model.named_parameters() if "." not in name}  # temperature, bias
     save_file({**heads, **alone}, folder / "heads.safetensors")
-    return _recipe(model, spec)
+    return recipe.of_towers(model, spec)
+
+
+def _clip(model: DualEncoder, spec: Model, eos: int | None) -> CLIPModel | None:
+    """The model as transformers' ``CLIPModel``, if it is one.
+
+    That one pools its text at the first end-of-text token, which here is the last token of a caption: the same where
+    the tokenizer has such a token (id 2 means something else to transformers, for old checkpoints).
+    """
+    image, text = model.image.trunk, model.text.trunk
+    made = image.config.model_type, text.config.model_type, spec.image.pool, spec.text.pool
+    heads = {spec.image.head, spec.text.head}
+    if made != ("clip_vision_model", "clip_text_model", "cls", "last") or heads != {"linear"} or eos in (None, 2):
+        return None
+    if model.bias is not None:
+        return None
+    config = CLIPConfig(
+        vision_config=image.config.to_dict(),
+        text_config={**text.config.to_dict(), "eos_token_id": eos},
+        projection_dim=spec.embed_dim,
+    )
+    whole = CLIPModel(config)
+    whole.vision_model.load_state_dict(image.state_dict())
+    whole.text_model.load_state_dict(text.state_dict())
+    whole.visual_projection.load_state_dict(model.image.head.state_dict())
+    whole.text_projection.load_state_dict(model.text.head.state_dict())
+    whole.logit_scale.data = model.log_scale.detach().reshape(())
+    return whole
 
 
 def write_openclip(folder: Path, model: DualEncoder, spec: Model, tokenizer: str, name: str) -> str:
@@ -52,20 +92,33 @@ def write_openclip(folder: Path, model: DualEncoder, spec: Model, tokenizer: str
     ``name`` is the text tower's hub id, or the path that ``folder/text`` will have. Returns the lines of Python that
     use them. Raises UserError where open_clip has no such towers.
     """
-    config = config_of(model, spec, pixels_of(spec.image), name)
+    words = _tokenizer(spec, tokenizer)
+    config = config_of(model, spec, pixels_of(spec.image), name, words.eos_token_id)
+    if not kinds.TEXT[model.text.trunk.config.model_type].causal:  # which never sees what comes behind
+        _check_padding(model, words)
     _quietly(model.text.trunk.config.save_pretrained, folder / "text")
-    _save_tokenizer(folder / "text", spec, tokenizer)
+    words.save_pretrained(folder / "text")
     _write(folder / "open_clip_config.json", config)
-    save_file(weights_of(model), folder / "open_clip_model.safetensors")
-    return _OPENCLIP
+    save_file(weights_of(model, spec), folder / "open_clip_model.safetensors")
+    return recipe.OPEN_CLIP
 
 
-def _save_tokenizer(folder: Path, spec: Model, source: str) -> None:
+def _tokenizer(spec: Model, source: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
     tokenizer.model_max_length = spec.context_length
-    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _check_padding(model: DualEncoder, tokenizer: Any) -> None:
+    """Others tell padding, and RoBERTa its positions, by the tower's id of it; here a caption's length says it."""
+    theirs, ours = model.text.trunk.config.pad_token_id, tokenizer.pad_token_id
+    if theirs != ours:
+        raise UserError(
+            f"the tokenizer pads with {ours}, the text tower takes {theirs} for padding: others would err",
+            "a tower and a tokenizer that belong together",
+        )
 
 
 def _processor(pixels: Pixels) -> dict[str, Any]:
@@ -94,79 +147,3 @@ def _quietly(save: Any, folder: Path) -> None:
     """transformers draws a progress bar even for one small file."""
     with contextlib.redirect_stderr(io.StringIO()):
         save(folder)
-
-
-# ---- the lines of the model card ---------------------------------------------------------------------------------
-
-_RECIPE = """\
-import torch
-from safetensors.torch import load_file
-from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-folder = "."  # where this file lies
-heads = load_file(f"{{folder}}/heads.safetensors")
-image_tower = AutoModel.from_pretrained(f"{{folder}}/image"{image_options}).eval()
-text_tower = AutoModel.from_pretrained(f"{{folder}}/text"{text_options}).eval()
-processor = AutoImageProcessor.from_pretrained(f"{{folder}}/image")
-tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/text")
-
-
-@torch.no_grad()
-def embed_images(pixel_values):  # [B, 3, {size}, {size}] -> [B, {dim}], unit length
-    hidden = image_tower(pixel_values=pixel_values).last_hidden_state
-    pooled = {image_pool}
-    return F.normalize({image_head}, dim=-1)
-
-
-@torch.no_grad()
-def embed_texts(input_ids, attention_mask):  # [B, L] -> [B, {dim}], unit length
-    hidden = text_tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    pooled = {text_pool}
-    return F.normalize({text_head}, dim=-1)
-
-
-# images: list of PIL images; captions: list of str
-def similarities(images, captions):  # cosine, [images, captions]
-    pixels = processor(images, return_tensors="pt")["pixel_values"]
-    tokens = tokenizer(captions, padding=True, truncation=True, max_length={window}, return_tensors="pt")
-    return embed_images(pixels) @ embed_texts(tokens["input_ids"], tokens["attention_mask"]).T
-"""
-
-_TEXT_POOLS = {
-    "mean": "(hidden * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True)",
-    "cls": "hidden[:, 0]",
-}
-_HEADS = {
-    "linear": 'F.linear(pooled, heads["{side}.weight"])',
-    "mlp2": 'F.linear(F.gelu(F.linear(pooled, heads["{side}.0.weight"])), heads["{side}.2.weight"])',
-}
-_WITHOUT_POOLER = ("vit", "bert")
-
-
-def _recipe(model: DualEncoder, spec: Model) -> str:
-    kinds = {side: getattr(model, side).trunk.config.model_type for side in ("image", "text")}
-    options = {
-        f"{side}_options": ", add_pooling_layer=False" if kind in _WITHOUT_POOLER else ""
-        for side, kind in kinds.items()
-    }
-    pooled = "hidden[:, 0]" if spec.image.pool == "cls" else "hidden[:, 1:].mean(1)"
-    return _RECIPE.format(
-        **options,
-        size=pixels_of(spec.image).size,
-        dim=spec.embed_dim,
-        window=spec.context_length,
-        image_pool=f"image_tower.post_layernorm({pooled})" if kinds["image"] == "clip_vision_model" else pooled,
-        text_pool=_TEXT_POOLS[spec.text.pool],
-        image_head=_HEADS[spec.image.head].format(side="image"),
-        text_head=_HEADS[spec.text.head].format(side="text"),
-    )
-
-
-_OPENCLIP = """\
-import open_clip
-
-folder = "."  # where this file lies
-model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-"""

@@ -8,10 +8,11 @@ other; norms, activations and what an implementation computes beyond it (masked 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longclip.errors import UserError
+from longclip.experiment import kinds
 from longclip.experiment.schema import Model
 
 _VISION = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -87,11 +88,20 @@ class Tower:
     """elements of the largest parameter"""
     pixels: int = 0
     """of an image; 0 for text"""
+    frozen: int = 0
+    """lowest layers that are not trained, nor anything before them"""
 
     @property
     def parameters(self) -> int:
         first = self.width if self.kind == "modernbert" else 0
         return self.embedding + self.norms + self.layers * self.layer - first
+
+    @property
+    def trained(self) -> int:
+        """Of ``parameters``, those that are trained."""
+        if not self.frozen:
+            return self.parameters
+        return self.norms * (self.frozen < self.layers) + (self.layers - self.frozen) * self.layer
 
     @property
     def matrix(self) -> int:
@@ -108,6 +118,10 @@ class Tower:
             total += 4 * self.width * (whole * seen + (self.layers - whole) * _pairs(n, self.local))
         return total
 
+    def step_flops(self, lengths: Iterable[int]) -> float:
+        """FLOPs of forward and backward, which costs twice as much as the forward of the layers that are trained."""
+        return self.forward_flops(lengths) * (1 + 2 * (self.layers - self.frozen) / self.layers)
+
 
 def _pairs(n: int, reach: int) -> int:
     """Pairs of positions of ``n`` that are at most ``reach`` apart."""
@@ -122,9 +136,11 @@ class Shape:
     image: Tower
     text: Tower
     image_head: int
-    """parameters, and half of the FLOPs of a forward"""
+    """parameters, each of which is a multiplication and an addition for every image"""
     text_head: int
     embed_dim: int
+    numbers: int = 1
+    """temperature, and the sigmoid loss's bias"""
 
     def parameters(self) -> dict[str, int]:
         """By part, in the order of the model."""
@@ -133,32 +149,47 @@ class Shape:
             "image head": self.image_head,
             "text trunk": self.text.parameters,
             "text head": self.text_head,
-            "temperature": 1,
+            "temperature" if self.numbers == 1 else "temperature, bias": self.numbers,
         }
 
     @property
     def total(self) -> int:
         return sum(self.parameters().values())
 
-    def forward_flops(self, lengths: Iterable[int], images: int) -> int:
-        """FLOPs of one forward over captions of ``lengths`` tokens and ``images`` images; a backward takes twice that.
+    @property
+    def trained(self) -> int:
+        heads = self.image_head + self.text_head
+        return self.image.trained + self.text.trained + heads + self.numbers
+
+    def step_flops(self, lengths: Iterable[int], images: int) -> float:
+        """FLOPs of forward and backward over captions of ``lengths`` tokens and ``images`` images.
 
         The similarities are left out: they belong to the batch, not to a sample.
         """
         captions = list(lengths)
-        heads = 2 * (images * self.image_head + len(captions) * self.text_head)
-        image = images * self.image.forward_flops([self.image.tokens])
-        return image + self.text.forward_flops(captions) + heads
+        image = images * self.image.step_flops([self.image.tokens])
+        heads = 6 * (images * self.image_head + len(captions) * self.text_head)
+        return image + self.text.step_flops(captions) + heads
 
 
-def shape_of(model: Model, image: Mapping[str, Any], text: Mapping[str, Any]) -> Shape:
-    """Of a model with towers of these transformers configurations (``config.json``'s content).
+def shape_of(model: Model, image: Mapping[str, Any], text: Mapping[str, Any], loss: str = "contrastive") -> Shape:
+    """Of a model with towers of these transformers configurations (``config.json``'s content); ``train.loss``.
 
     Raises UserError where a kind of tower is not known here.
     """
-    towers = {"image": tower_of(image, model.image.pool), "text": tower_of(text)}
-    heads = {side: _head(getattr(model, side).head, tower.width, model.embed_dim) for side, tower in towers.items()}
-    return Shape(towers["image"], towers["text"], heads["image"], heads["text"], model.embed_dim)
+    of_text = dict(text)
+    if model.text.positions and text.get("model_type") in kinds.TEXT and not kinds.TEXT[text["model_type"]].rotary:
+        longest = max(kinds.reach(text), model.context_length)
+        of_text["max_position_embeddings"] = longest + kinds.offset(text)
+    towers = {"image": tower_of(image, model.image.pool), "text": tower_of(of_text)}
+    towers = {side: replace(t, frozen=_frozen(getattr(model, side).freeze, t)) for side, t in towers.items()}
+    heads = {side: _head(getattr(model, side).head, t.width, model.embed_dim) for side, t in towers.items()}
+    numbers = 2 if loss == "sigmoid" else 1
+    return Shape(towers["image"], towers["text"], heads["image"], heads["text"], model.embed_dim, numbers)
+
+
+def _frozen(freeze: int | str | None, tower: Tower) -> int:
+    return tower.layers if freeze == "all" else min(int(freeze or 0), tower.layers)
 
 
 def _head(kind: str, width: int, embed_dim: int) -> int:

@@ -22,8 +22,6 @@ UTILISATION = 0.35
 """of the peak, unless said otherwise"""
 USABLE = 0.92
 """share of a GPU's memory that a run may plan with; the rest is lost to fragments"""
-CHECKPOINT_BYTES = 12
-"""of a parameter: its fp32 weight and Adam's two moments"""
 MEDIAN, SIGMA = 125.0, 0.69
 """tokens of a caption, lognormal: through the published waste of 55 % at 77 and 2.2 % at 512 (arXiv 2510.03978)"""
 
@@ -102,13 +100,15 @@ def estimate(
     """
     window, train = experiment.model.context_length, experiment.train
     lengths = captions.within(window)
+    # A batch padded to the window is computed whole; what is counted as the model's work stays that of real tokens.
+    computed = lengths if experiment.engine.text == "packed" else (window,)
     share = train.global_batch // ranks
     own = share if experiment.engine.micro_batch == "auto" else experiment.engine.micro_batch
 
     def at(stage: int, micro_batch: int) -> Memory:
         return memory(
             shape,
-            lengths,
+            computed,
             micro_batch=micro_batch,
             global_batch=train.global_batch,
             precision=train.precision,
@@ -116,6 +116,7 @@ def estimate(
             ranks=ranks,
             checkpointing=experiment.engine.activation_checkpointing,
             on_gpu=gpu is not None or experiment.slurm.gpus_per_node > 0,
+            offload="offload_optimizer" in (experiment.engine.deepspeed.get("zero_optimization") or {}),
         )
 
     stages = [s for s in range(4) if s > 0 or train.precision == "fp32"]
@@ -127,12 +128,14 @@ def estimate(
         found = _cheapest(at, [stage, *(s for s in stages if s != stage)], own, share, room)
         fits = found is not None
         stage, micro = found or (stage, own)
-    flops = 3.0 * shape.forward_flops(lengths, len(lengths)) / len(lengths)
-    passes = 3 + experiment.engine.activation_checkpointing + (micro < share)
+    flops = shape.step_flops(lengths, len(lengths)) / len(lengths)
+    again = experiment.engine.activation_checkpointing + (micro < share)
+    towers = shape.image.forward_flops([shape.image.tokens]) + shape.text.forward_flops(computed) / len(computed)
+    work = shape.step_flops(computed, len(computed)) / len(computed) + again * towers
     peak = None if gpu is None else gpu.peak(train.precision)
-    speed = ranks * peak * utilisation / (flops * passes / 3) if peak is not None else None
+    speed = ranks * peak * utilisation / work if peak is not None else None
     kept = experiment.checkpoint.keep.last + experiment.checkpoint.keep.best + 1
-    checkpoint = CHECKPOINT_BYTES * shape.total
+    checkpoint = 4 * shape.total + 8 * shape.trained  # fp32 weights, and Adam's two moments of what is trained
     return Estimate(
         name=experiment.name,
         window=window,

@@ -34,13 +34,13 @@ GPU_LIBRARIES = 2**30
 HEAP = 32 * 2**20
 """bytes up to which glibc takes an allocation from its heap, and keeps it when it is freed (mallopt(3),
 M_MMAP_THRESHOLD)"""
-HOLES = 2 / 3
+HOLES = 1 / 3
 """share of that which nothing else fits into later; measured"""
 SAVED = {
     "vit": (8, 2),
     "clip_vision_model": (8, 2),
     "siglip_vision_model": (8, 2),
-    "clip_text_model": (8, 2),
+    "clip_text_model": (9, 2),
     "bert": (9, 2),
     "roberta": (9, 2),
     "xlm-roberta": (9, 2),
@@ -78,20 +78,23 @@ def memory(
     ranks: int,
     checkpointing: bool,
     on_gpu: bool,
+    offload: bool = False,
 ) -> Memory:
     """Of one rank that runs ``micro_batch`` pairs at once, whose captions have ``lengths`` tokens on average.
 
     ``lengths`` stands for the dataset's captions.
     """
     n, w = shape.total, 2 if precision == "bf16" else 4
-    weights, optimizer, gradients, step = _by_stage(n, w, stage, ranks, on_gpu, shape.text.largest)
+    weights, optimizer, gradients, step = _by_stage(n, shape.trained, w, stage, ranks, on_gpu, shape.text.largest)
+    if offload and on_gpu:  # to the node's memory, and with it the step
+        optimizer = step = 0
     kept, largest = _activations(shape, lengths, micro_batch, w, checkpointing)
     share = global_batch // ranks
     features = 4 * shape.embed_dim * (global_batch + 3 * share) * 2
     tile = min(TILE, share) * min(TILE, global_batch)
     loss = features + 4 * 4 * tile
-    # The whole share waits as fp32 pixels; what a micro-batch casts them to is among the activations.
-    inputs = 3 * 4 * shape.image.pixels * share
+    # The share waits as bytes, a micro-batch is made fp32; what that is cast to is among the activations.
+    inputs = 3 * shape.image.pixels * (share + 4 * micro_batch)
     libraries = GPU_LIBRARIES if on_gpu else CPU_LIBRARIES
     holes = bucket = late = 0
     if on_gpu:  # the allocator joins what is free; DeepSpeed takes its bucket whole when the backward pass begins
@@ -108,20 +111,23 @@ def memory(
     return Memory(weights, optimizer, gradients, step, kept, loss, inputs, libraries, peak)
 
 
-def _by_stage(n: int, w: int, stage: int, ranks: int, on_gpu: bool, largest: int) -> tuple[int, int, int, int]:
-    """Weights, optimizer states, what the backward pass adds, what the step adds; bytes."""
-    part = -(-n // ranks)
-    reduced = w * min(n, BUCKET)
+def _by_stage(
+    n: int, trained: int, w: int, stage: int, ranks: int, on_gpu: bool, largest: int
+) -> tuple[int, int, int, int]:
+    """Weights, optimizer states, what the backward pass adds, what the step adds; bytes. Of ``n`` some are trained."""
+    part = -(-trained // ranks)
+    reduced = w * min(trained, BUCKET)
     bucket = w * BUCKET if on_gpu else reduced  # on a CPU pages are taken when they are touched
     # torch's AdamW makes two temporaries of a tensor, one tensor after the other; fused, on a GPU, none.
     adam = 0 if on_gpu else 8
     if stage == 0:
-        return 4 * n, 8 * n, 4 * n + reduced, 4 * n + adam * largest
+        return 4 * n, 8 * trained, 4 * trained + reduced, 4 * trained + adam * largest
     copies = 4 if w == 4 else w + 4  # bf16 gradients are laid end to end first
     if stage < 3:
         return w * n, 12 * part, bucket + reduced, bucket + (copies + adam) * part
     reduction = reduced if ranks > 1 else 0
-    return w * part, (12 + w) * part, bucket + 2 * w * n + reduction, bucket + (copies + adam) * part
+    gathered = w * (n + trained) + reduction
+    return w * -(-n // ranks), (12 + w) * part, bucket + gathered, bucket + (copies + adam) * part
 
 
 def _above_heap(shape: Shape) -> int:
@@ -155,6 +161,8 @@ def kept_by(tower: Tower, tokens: float, seen: float, w: int, checkpointing: boo
         # Masks of two branches; attention that drops is not fused, and keeps its scores in fp32, three times.
         layer += 2 * w * tower.width + 12 * tower.heads * seen
     around = w * (3 * tower.width + tower.patch)
+    trained = tower.layers - tower.frozen
     if checkpointing:
-        return tokens * (around + tower.layers * w * tower.width + layer)
-    return tokens * (around + tower.layers * layer)
+        # Of one layer at a time all of it, and its gradients beside it.
+        return tokens * (around + trained * w * tower.width + 2 * min(trained, 1) * layer)
+    return tokens * (around + trained * layer)

@@ -105,7 +105,6 @@ class Meters:
         self.clock = Clock(ranks.device)
         self.window, self._ranks = experiment.model.context_length, ranks
         self._shape = _shape(engine, experiment)
-        self._passes = {side: _passes(getattr(engine.module, side).trunk) for side in ("image", "text")}
         gpu = shown_as(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
         self._peak = gpu.peak(experiment.train.precision) if gpu else None
         _watch(engine, self.clock)
@@ -129,10 +128,7 @@ class Meters:
             self.captions + len(part.valid),
         )
         if self._shape is not None:
-            image = len(part.valid) * self._shape.image.forward_flops([self._shape.image.tokens])
-            text = self._shape.text.forward_flops(part.text.lengths)
-            heads = len(part.valid) * 2 * (self._shape.image_head + self._shape.text_head)
-            self.flops += self._passes["image"] * image + self._passes["text"] * text + 3 * heads
+            self.flops += self._shape.step_flops(part.text.lengths, len(part.valid))
 
     def point(self) -> dict[str, float]:
         """Since the last reset, over all ranks; memory and speed of the device are this rank's. Collective."""
@@ -175,15 +171,9 @@ def _shape(engine: Any, experiment: Experiment) -> Shape | None:
     """None for towers whose FLOPs nobody has written down (model/shape.py): no figure is better than a guess."""
     image, text = (getattr(engine.module, side).trunk.config.to_dict() for side in ("image", "text"))
     try:
-        return shape_of(experiment.model, image, text)
+        return shape_of(experiment.model, image, text, experiment.train.loss)
     except UserError:
         return None
-
-
-def _passes(trunk: torch.nn.Module) -> float:
-    """Forwards' worth of FLOPs in a step: 3, or less by what is frozen. Parameters that ZeRO-3 has shared out count."""
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trunk.parameters()]
-    return 1 + 2 * sum(n for n, trained in sizes if trained) / sum(n for n, _ in sizes)
 
 
 def peak_bytes(ranks: Ranks) -> int:

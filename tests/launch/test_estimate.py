@@ -58,9 +58,9 @@ def test_the_paper_s_model() -> None:
 
 
 def test_hours_follow_from_flops_peak_and_utilisation() -> None:
-    """With checkpointing a forward is computed twice."""
+    """With checkpointing the towers' forward is computed twice; the heads' is not, which are a drop in it."""
     one = guess(paper(), utilisation=0.5, samples=10**6)
-    assert one.samples_per_second == pytest.approx(4 * 989.4e12 * 0.5 / (one.flops * 4 / 3))
+    assert one.samples_per_second == pytest.approx(4 * 989.4e12 * 0.5 / (one.flops * 4 / 3), rel=1e-4)
     assert one.rank_hours == pytest.approx(4 * 10**6 / one.samples_per_second / 3600)
 
 

@@ -41,11 +41,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return the_run(root / "runs", "ctx9")
 
 
-def test_the_best_checkpoint_gives_its_embeddings_without_this_package(run: RunFolder, tmp_path: Path) -> None:
-    said = longclip("export", run.path, "--to", "out", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def exported(run: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports")
+    said = longclip("export", run.path, "--to", "out", cwd=folder)
     best = state_of(choose(run, "last"))["best"]["checkpoint"]
     assert f"wrote out ({best}, " in said
-    subprocess.run([sys.executable, "-c", EMBED, str(tmp_path / "made.pt")], cwd=tmp_path / "out", check=True)
+    return folder / "out"
+
+
+def test_the_best_checkpoint_gives_its_embeddings_without_this_package(
+    run: RunFolder, exported: Path, tmp_path: Path
+) -> None:
+    subprocess.run([sys.executable, "-c", EMBED, str(tmp_path / "made.pt")], cwd=exported, check=True)
+    best = state_of(choose(run, "last"))["best"]["checkpoint"]
     model = build(run.experiment().model, 1).eval()
     model.load_state_dict(load_weights(run.checkpoints / best))
     with torch.no_grad():
@@ -54,13 +63,12 @@ def test_the_best_checkpoint_gives_its_embeddings_without_this_package(run: RunF
         torch.testing.assert_close(theirs, expected, atol=1e-6, rtol=0)
 
 
-def test_the_card_says_what_is_known(run: RunFolder, tmp_path: Path) -> None:
-    longclip("export", run.path, "--to", "out", "--checkpoint", "best", cwd=tmp_path)
-    card = (tmp_path / "out" / "README.md").read_text()
+def test_the_card_says_what_is_known(run: RunFolder, exported: Path) -> None:
+    card = (exported / "README.md").read_text()
     assert f"# {run.name}\n" in card and "| window | 9 tokens |" in card
     assert re.search(r"\| test \| \|\n.*\n\| i2t_recall_at_1 \| [\d.]+ \|", card)
     assert f"| {run.identity()['data.train']} |" in card
-    assert "Of the 96 training pairs 96 were asked for theirs: not stated: 96." in card
+    assert "Of the 96 pairs of data.train 96 were asked for theirs: not stated: 96." in card
 
 
 @pytest.mark.parametrize(

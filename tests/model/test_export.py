@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,27 @@ from longclip.model.clip import DualEncoder, build
 from longclip.model.export import write_openclip, write_transformers
 from longclip.model.packing import pack
 from longclip.model.towers import pixels_of
-from tests.data.test_loader import make_tokenizer
-from tests.model.test_packing import BERT, CLIP, MODERNBERT, VIT
+from tests.data.test_loader import WORDS
+from tests.model.test_packing import BERT, CLIP, CLIP_TEXT, MODERNBERT, ROBERTA, VIT
+from tests.vocabularies import fetch
 
 WINDOW = 9
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
 COMBINATIONS = [
     (VIT, "mean", "linear", MODERNBERT, "mean", "mlp2"),
     (VIT, "cls", "mlp2", BERT, "cls", "linear"),
     (CLIP, "cls", "linear", BERT, "mean", "mlp2"),
     (CLIP, "mean", "mlp2", MODERNBERT, "cls", "linear"),
+    (SIGLIP, "map", "linear", {**ROBERTA, "pad_token_id": 0}, "mean", "linear"),
+    (SIGLIP, "mean", "linear", CLIP_TEXT, "last", "mlp2"),
+    (CLIP, "cls", "linear", CLIP_TEXT, "last", "linear"),  # a CLIPModel
 ]
 OPEN_CLIP = [
     (VIT, "cls", BERT, "mean", "mlp2"),
     (VIT, "mean", BERT, "cls", "linear"),
     (CLIP, "cls", BERT, "mean", "mlp2"),
     (CLIP, "mean", BERT, "cls", "linear"),
+    (CLIP, "cls", CLIP_TEXT, "last", "linear"),
 ]
 CLEAN = """
 import json, sys
@@ -62,6 +69,24 @@ for folder in sys.argv[1:]:
     }, f"{folder}/embedded.pt")
 """
 CAPTIONS = ["w1", "w3 w5 w1 w2", " ".join(f"w{i % 7}" for i in range(30))]
+
+
+EOT = 40
+
+
+def make_tokenizer(folder: Path) -> None:
+    """Word by word, between a beginning and CLIP's kind of end of text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[BOS]", "w0", "[UNK]", *WORDS[1:30]])} | {"[EOT]": EOT}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [("[BOS]", 1), ("[EOT]", EOT)]
+    raw.post_processor = processors.TemplateProcessing(single="[BOS] $A [EOT]", special_tokens=ends)
+    folder.mkdir()
+    raw.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "bos_token": "[BOS]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "[EOT]", "unk_token": "[UNK]"}))
 
 
 def model_of(image: dict[str, Any], i_pool: Any, i_head: Any, text: dict[str, Any], t_pool: Any, t_head: Any) -> Model:
@@ -121,60 +146,86 @@ def test_transformers_folders_in_a_clean_process(tmp_path: Path) -> None:
         torch.testing.assert_close(there["cosines"], image_BD @ text_BD[: len(ids)].T, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("combination", OPEN_CLIP, ids=lambda c: f"{c[0]['model_type']}-{c[1]}-{c[3]}-{c[4]}")
-def test_open_clip_s_layout(combination: Any, tmp_path: Path) -> None:
-    """Against its forward pass, written down again here in plain torch on its names."""
+IDS = [[1, 5, 9, EOT], [1, EOT], [1, 7, 7, 8, 30, EOT]]
+
+
+def written(combination: Any, folder: Path) -> tuple[DualEncoder, Model]:
+    """A model in open_clip's layout in ``folder``/made."""
     image, i_pool, text, t_pool, t_head = combination
     spec = model_of(image, i_pool, "linear", text, t_pool, t_head)
     model = shaken(spec)
-    make_tokenizer(tmp_path / "tok")
-    folder = tmp_path / "made"
-    folder.mkdir()
-    write_openclip(folder, model, spec, str(tmp_path / "tok"), str(folder / "text"))
-    weights = load_file(folder / "open_clip_model.safetensors")
-    config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+    make_tokenizer(folder / "tok")
+    (folder / "made").mkdir()
+    write_openclip(folder / "made", model, spec, str(folder / "tok"), str(folder / "made" / "text"))
+    return model, spec
+
+
+def name_of(combination: Any) -> str:
+    image, i_pool, text, t_pool, _ = combination
+    return f"{image['model_type']}-{i_pool}-{text['model_type']}-{t_pool}"
+
+
+@pytest.mark.parametrize("combination", OPEN_CLIP, ids=name_of)
+def test_open_clip_s_layout(combination: Any, tmp_path: Path) -> None:
+    """Against its forward pass, written down again here in plain torch on its names."""
+    model, _ = written(combination, tmp_path)
+    weights = load_file(tmp_path / "made" / "open_clip_model.safetensors")
+    config = json.loads((tmp_path / "made" / "open_clip_config.json").read_text())["model_cfg"]
     pixels = torch.randn(3, 3, 16, 16)
-    ids = [[1, 5, 9, 2], [1, 2], [1, 7, 7, 8, 30, 2]]
+    of_images, of_text = ({k[len(s) :]: v for k, v in weights.items() if k.startswith(s)} for s in ("visual.", "text."))
+    text = hf_text if "hf_model_name" in config["text_cfg"] else own_text
     with torch.no_grad():
-        image_BD, text_BD, scale = model(pixels, pack(ids))
-        theirs = F.normalize(visual(config, {k[7:]: v for k, v in weights.items() if k.startswith("visual.")}, pixels))
-        texts = F.normalize(
-            hf_text(config["text_cfg"], {k[5:]: v for k, v in weights.items() if k.startswith("text.")}, ids)
-        )
-    torch.testing.assert_close(theirs, image_BD, atol=1e-6, rtol=0)
-    torch.testing.assert_close(texts, text_BD, atol=1e-6, rtol=0)
+        image_BD, text_BD, scale = model(pixels, pack(IDS))
+        theirs = F.normalize(visual(config, of_images, pixels)), F.normalize(text(config, of_text, IDS))
+    torch.testing.assert_close(theirs[0], image_BD, atol=1e-6, rtol=0)
+    torch.testing.assert_close(theirs[1], text_BD, atol=1e-6, rtol=0)
     assert weights["logit_scale"].shape == () and weights["logit_scale"].exp().item() == pytest.approx(scale.item())
     assert AutoTokenizer.from_pretrained(config["text_cfg"]["hf_tokenizer_name"]).model_max_length == WINDOW
 
 
-def visual(config: dict[str, Any], w: dict[str, Tensor], pixels: Tensor) -> Tensor:
-    c = config["vision_cfg"]
-    width, eps = c["width"], c["norm_kwargs"]["eps"]
-    heads = width // c["head_width"]
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (width,), w[f"{name}.weight"], w[f"{name}.bias"], eps)
-
-    x = F.conv2d(pixels, w["conv1.weight"], stride=c["patch_size"]).flatten(2).transpose(1, 2)
-    x = torch.cat([w["class_embedding"].expand(len(x), 1, -1), x], 1) + w["positional_embedding"]
-    x = x if c["no_ln_pre"] else norm(x, "ln_pre")
+def transformer(w: dict[str, Tensor], x: Tensor, c: dict[str, Any], heads: int, quick: bool, causal: bool) -> Tensor:
     for layer in range(c["layers"]):
         block = f"transformer.resblocks.{layer}"
-        y = norm(x, f"{block}.ln_1")
+        y = norm(w, x, f"{block}.ln_1", c)
         qkv = F.linear(y, w[f"{block}.attn.in_proj_weight"], w[f"{block}.attn.in_proj_bias"])
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
         x = x + F.linear(y, w[f"{block}.attn.out_proj.weight"], w[f"{block}.attn.out_proj.bias"])
-        y = F.linear(norm(x, f"{block}.ln_2"), w[f"{block}.mlp.c_fc.weight"], w[f"{block}.mlp.c_fc.bias"])
-        y = y * torch.sigmoid(1.702 * y) if config["quick_gelu"] else F.gelu(y)
+        y = F.linear(norm(w, x, f"{block}.ln_2", c), w[f"{block}.mlp.c_fc.weight"], w[f"{block}.mlp.c_fc.bias"])
+        y = y * torch.sigmoid(1.702 * y) if quick else F.gelu(y)
         x = x + F.linear(y, w[f"{block}.mlp.c_proj.weight"], w[f"{block}.mlp.c_proj.bias"])
+    return x
+
+
+def norm(w: dict[str, Tensor], x: Tensor, name: str, c: dict[str, Any]) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], c["norm_kwargs"]["eps"])
+
+
+def visual(config: dict[str, Any], w: dict[str, Tensor], pixels: Tensor) -> Tensor:
+    c = config["vision_cfg"]
+    x = F.conv2d(pixels, w["conv1.weight"], stride=c["patch_size"]).flatten(2).transpose(1, 2)
+    x = torch.cat([w["class_embedding"].expand(len(x), 1, -1), x], 1) + w["positional_embedding"]
+    x = x if c["no_ln_pre"] else norm(w, x, "ln_pre", c)
+    x = transformer(w, x, c, c["width"] // c["head_width"], config["quick_gelu"], causal=False)
     if not c["final_ln_after_pool"]:
-        x = norm(x, "ln_post")
+        x = norm(w, x, "ln_post", c)
     x = x[:, 0] if c["pool_type"] == "tok" else x[:, 1:].mean(1)
-    return (norm(x, "ln_post") if c["final_ln_after_pool"] else x) @ w["proj"]
+    return (norm(w, x, "ln_post", c) if c["final_ln_after_pool"] else x) @ w["proj"]
 
 
-def hf_text(c: dict[str, Any], w: dict[str, Tensor], ids: list[list[int]]) -> Tensor:
+def own_text(config: dict[str, Any], w: dict[str, Tensor], ids: list[list[int]]) -> Tensor:
+    c = config["text_cfg"]
+    padded = torch.zeros(len(ids), c["context_length"], dtype=torch.long)
+    for row, tokens in zip(padded, ids, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    x = w["token_embedding.weight"][padded] + w["positional_embedding"]
+    x = norm(w, transformer(w, x, c, c["heads"], config["quick_gelu"], causal=True), "ln_final", c)
+    assert c["pool_type"] == "eos"
+    return x[torch.arange(len(x)), (padded == c["eos_id"]).int().argmax(-1)] @ w["text_projection"]
+
+
+def hf_text(config: dict[str, Any], w: dict[str, Tensor], ids: list[list[int]]) -> Tensor:
+    c = config["text_cfg"]
     settings = AutoConfig.from_pretrained(c["hf_model_name"])
     tower = AutoModel.from_config(settings, add_pooling_layer=False).eval()
     tower.load_state_dict({k.removeprefix("transformer."): v for k, v in w.items() if k.startswith("transformer.")})
@@ -193,18 +244,100 @@ def hf_text(c: dict[str, Any], w: dict[str, Tensor], ids: list[list[int]]) -> Te
     return F.linear(F.gelu(F.linear(pooled, w["proj.0.weight"])), w["proj.2.weight"])
 
 
+# torchvision and ftfy only stand in: neither the model nor the loading of its weights touches them.
+REAL = """
+import importlib.machinery, json, sys, types
+from transformers import AutoModel, BertModel  # first: they would make use of a torchvision
+
+class Anything(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"BICUBIC": 1, "BILINEAR": 2, "NEAREST": 3})
+
+for name in ("", ".transforms", ".transforms.functional", ".ops", ".ops.misc"):
+    sys.modules["torchvision" + name] = Anything("torchvision" + name)
+sys.modules["ftfy"] = Anything("ftfy")
+for name, module in sys.modules.items():
+    if isinstance(module, Anything):
+        module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, module)
+import torch
+from safetensors.torch import load_file
+sys.path.append(sys.argv[1])
+from open_clip.model import CustomTextCLIP
+for folder in sys.argv[2:]:
+    config = json.load(open(f"{folder}/open_clip_config.json"))["model_cfg"]
+    assert config.pop("custom_text")
+    model = CustomTextCLIP(**config).eval()
+    model.load_state_dict(load_file(f"{folder}/open_clip_model.safetensors"))
+    given = torch.load(f"{folder}/given.pt")
+    with torch.no_grad():
+        made = model.encode_image(given["pixels"], normalize=True), model.encode_text(given["ids"], normalize=True)
+    torch.save(made, f"{folder}/made.pt")
+"""
+
+
+def test_open_clip_itself_loads_it(tmp_path: Path) -> None:
+    with zipfile.ZipFile(fetch("open-clip-torch==3.3.0", tmp_path)) as archive:
+        archive.extractall(tmp_path / "wheel")
+    models = {}
+    for k, combination in enumerate(OPEN_CLIP):
+        (tmp_path / str(k)).mkdir()
+        models[tmp_path / str(k) / "made"] = written(combination, tmp_path / str(k))[0]
+    ids = torch.zeros(len(IDS), WINDOW, dtype=torch.long)
+    for row, tokens in zip(ids, IDS, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    pixels = torch.randn(3, 3, 16, 16)
+    for folder in models:
+        torch.save({"pixels": pixels, "ids": ids}, folder / "given.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", REAL, str(tmp_path / "wheel"), *map(str, models)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for folder, model in models.items():
+        with torch.no_grad():
+            ours = model(pixels, pack(IDS))[:2]
+        for theirs, expected in zip(torch.load(folder / "made.pt"), ours, strict=True):
+            torch.testing.assert_close(theirs, expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"text": MODERNBERT}, "no modernbert text tower"),
+        ({"text": MODERNBERT}, "open_clip: no modernbert text tower pooled by mean with a mlp2 head"),
+        ({"text": CLIP_TEXT, "t_pool": "last"}, "open_clip: no clip_text_model text tower pooled by last with a mlp2"),
+        ({"image": SIGLIP, "i_pool": "map"}, "open_clip: no siglip_vision_model image tower"),
         ({"i_head": "mlp2"}, "ends in a linear head, this one in mlp2"),
         ({"image": {**CLIP, "hidden_act": "relu"}}, "no relu in its image tower; it has gelu, quick_gelu"),
+        ({"image": VIT, "text": CLIP_TEXT, "t_pool": "last", "t_head": "linear"}, "one activation for both towers"),
+        ({"text": {**BERT, "pad_token_id": 3}}, "the tokenizer pads with 0, the text tower takes 3 for padding"),
     ],
 )
 def test_what_open_clip_has_not_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     parts = {"image": CLIP, "i_pool": "cls", "i_head": "linear", "text": BERT, "t_pool": "mean", "t_head": "mlp2"}
     spec = model_of(**{**parts, **change})
-    with pytest.raises(UserError, match=re.escape(words)) as caught:
-        write_openclip(tmp_path, build(spec, 0), spec, "unused", "unused")
-    assert caught.value.hint == "longclip export --format transformers"
-    assert not list(tmp_path.iterdir())
+    make_tokenizer(tmp_path / "tok")
+    (tmp_path / "made").mkdir()
+    with pytest.raises(UserError, match=re.escape(words)):
+        write_openclip(tmp_path / "made", build(spec, 0), spec, str(tmp_path / "tok"), "unused")
+    assert not list((tmp_path / "made").iterdir())
+
+
+def test_clip_becomes_a_clip_model(tmp_path: Path) -> None:
+    """So that everything that takes one takes it."""
+    from transformers import CLIPModel
+
+    spec = model_of(*COMBINATIONS[-1])
+    make_tokenizer(tmp_path / "tok")
+    (tmp_path / "made").mkdir()
+    model = shaken(spec)
+    write_transformers(tmp_path / "made", model, spec, str(tmp_path / "tok"))
+    loaded, said = CLIPModel.from_pretrained(tmp_path / "made", output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    assert loaded.logit_scale.item() == pytest.approx(model.log_scale.item())

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
 from longclip.errors import UserError
+from longclip.experiment.schema import Model
+from longclip.model.clip import DualEncoder, build
 from longclip.model.shape import shape_of, tower_of
 from tests.model.test_packing import BERT, CLIP, MODERNBERT, VIT, spec
 
@@ -74,12 +76,32 @@ def test_local_layers_see_their_neighbourhood() -> None:
 @pytest.mark.parametrize("image", [VIT, CLIP])
 @pytest.mark.parametrize("text", [BERT, MODERNBERT])
 def test_the_parts_of_the_dual_encoder(image: dict[str, Any], text: dict[str, Any]) -> None:
-    from longclip.model.clip import DualEncoder
-
     model = DualEncoder(spec(image, text), weights=False)
     shape = shape_of(spec(image, text), image, text)
     assert shape.total == sum(p.numel() for p in model.parameters())
     assert shape.parameters()["text head"] == sum(p.numel() for p in model.text.head.parameters())
+
+
+@pytest.mark.parametrize("freeze", [None, 1, 2, "all"])
+@pytest.mark.parametrize("text", [BERT, MODERNBERT])
+def test_what_is_frozen_is_not_trained(freeze: Any, text: dict[str, Any]) -> None:
+    """Nor has it a backward pass."""
+    model = spec(CLIP, text)
+    model = model.model_copy(update={"text": model.text.model_copy(update={"freeze": freeze})})
+    shape = shape_of(model, CLIP, text, loss="sigmoid")
+    made = build(model, 0, loss="sigmoid")
+    assert shape.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert shape.total == sum(p.numel() for p in made.parameters())
+    layers = shape.text.layers
+    passes = 1 + 2 * (layers - {None: 0, "all": layers}.get(freeze, freeze)) / layers
+    assert shape.text.step_flops([9]) == pytest.approx(passes * shape.text.forward_flops([9]))
+
+
+def test_positions_are_carried_on_to_the_window() -> None:
+    text = {**BERT, "max_position_embeddings": 128, "model_type": "roberta", "pad_token_id": 1}
+    towers = {"image": {"config": CLIP}, "text": {"config": text, "tokenizer": "x", "positions": "stretch"}}
+    stretched = Model.model_validate({"context_length": 200, "embed_dim": 24, **towers})
+    assert shape_of(stretched, CLIP, text).total == sum(p.numel() for p in build(stretched, 0).parameters())
 
 
 def test_a_tower_of_another_kind_is_an_error() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from longclip.experiment.schema import ImageTower, Model
 from longclip.model.packing import pack
 from longclip.model.shape import Tower, shape_of
 from longclip.model.towers import ImageEncoder, TextEncoder
@@ -43,8 +44,18 @@ def saved_bytes(module: torch.nn.Module, run: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "config",
-    [{**VIT, **PLAIN}, CLIP, {**CLIP, "hidden_act": "gelu"}, {**BERT, **PLAIN}, BERT, MODERNBERT],
-    ids=["vit", "clip", "clip-gelu", "bert", "bert-dropout", "modernbert"],
+    [
+        {**VIT, **PLAIN},
+        CLIP,
+        {**CLIP, "hidden_act": "gelu"},
+        {**CLIP, "model_type": "siglip_vision_model"},
+        {**BERT, **PLAIN},
+        BERT,
+        {**BERT, **PLAIN, "model_type": "roberta", "max_position_embeddings": 514},
+        MODERNBERT,
+        {**BERT, "model_type": "clip_text_model"},
+    ],
+    ids=["vit", "clip", "clip-gelu", "siglip", "bert", "bert-dropout", "roberta", "modernbert", "clip-text"],
 )
 def test_a_layer_keeps_what_is_said(config: dict[str, Any], dtype: torch.dtype) -> None:
     """Of two towers that differ in their depth alone, so that what stands around the layers drops out."""
@@ -52,7 +63,12 @@ def test_a_layer_keeps_what_is_said(config: dict[str, Any], dtype: torch.dtype) 
     for layers in (2, 4):
         made = {**config, **WIDE, "num_hidden_layers": layers}
         if "patch_size" in config:
-            model = spec(made, BERT)
+            model = Model(
+                context_length=77,
+                image=ImageTower(config=made, pool="mean"),
+                text=spec(VIT, BERT).text,
+                embed_dim=64,
+            )
             image = ImageEncoder(model.image, 64).to(dtype).train()
             kept.append(saved_bytes(image, lambda image=image: image(torch.randn(4, 3, 16, 16))))  # type: ignore[misc]
             tower = shape_of(model, made, BERT).image
@@ -74,9 +90,18 @@ def tower_bytes(tower: Tower, tokens: int, seen: float, dtype: torch.dtype) -> f
     return memories.kept_by(tower, tokens, seen, dtype.itemsize, checkpointing=False)
 
 
-def peak(stage: int, ranks: int, precision: str = "bf16", **other: Any) -> memories.Memory:
+def test_what_is_frozen_keeps_nothing() -> None:
+    """No activations, no gradients, no moments; its weights stay."""
+    all_, half = (peak(1, 1, freeze=f) for f in (None, 11))
+    assert half.weights == all_.weights and half.optimizer < 0.6 * all_.optimizer
+    assert half.activations == pytest.approx(all_.activations / 2, rel=0.05)
+
+
+def peak(stage: int, ranks: int, precision: str = "bf16", freeze: Any = None, **other: Any) -> memories.Memory:
     large = {**MODERNBERT, "hidden_size": 768, "intermediate_size": 1152, "num_hidden_layers": 22, "vocab_size": 50368}
-    shape = shape_of(spec(CLIP, large), CLIP, large)
+    model = spec(CLIP, large)
+    model = model.model_copy(update={"text": model.text.model_copy(update={"freeze": freeze})})
+    shape = shape_of(model, CLIP, large)
     how = {"micro_batch": 64 // ranks, "checkpointing": False, "on_gpu": True, **other}
     return memory(shape, [100], global_batch=64, precision=precision, stage=stage, ranks=ranks, **how)
 
