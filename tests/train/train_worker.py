@@ -26,7 +26,8 @@ from longclip.data.shards import open_dataset
 from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer
 from longclip.errors import LongclipError
-from longclip.evaluate.retrieval import evaluate, retrieval
+from longclip.evaluate.ranking import both_ways, retrieval
+from longclip.evaluate.retrieval import evaluate
 from longclip.model.clip import build
 from longclip.model.towers import Pixels
 from longclip.train import cached, checkpoint, engine, loop, loss, ranks
@@ -135,7 +136,9 @@ def score(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
         whole = reader.batch([(0, i) for i in range(first)], [None] * first)
         with torch.no_grad():
             image, text, _ = model(whole.images(me.device), whole.text)
-        expected.append(retrieval(image[whole.valid], text[whole.valid]) | {"pairs": int(whole.valid.sum())})
+        expected.append(
+            retrieval(*both_ways(image[whole.valid], text[whole.valid])) | {"pairs": int(whole.valid.sum())}
+        )
     return {"scores": scores, "expected": expected}
 
 
