@@ -361,6 +361,6 @@ def test_too_little_memory_ends_the_run(trial: Make) -> None:
     """Killed for memory each time: tried again once or twice, then left to a person, who is told what it was."""
     one = trial({"slurm.mem_gb": 0.35})
     one.submit()
-    row = one.wait_state("no progress", seconds=240)
+    row = one.wait_state("no progress", seconds=600)
     assert "memory" in row["note"], row
     until(lambda: not one.slurm("squeue", "-h").strip(), 60, "the job has left")
