@@ -31,9 +31,9 @@ from longclip.track.store import (
     DIGEST_LENGTH,
     METRICS_A_CALL,
     PARAM_LENGTH,
-    PARAMS_A_CALL,
     Store,
     key_of,
+    log_params,
     ms,
     opened,
     parts,
@@ -107,7 +107,7 @@ def sync(runs: Sequence[RunFolder], uri: str, states: Mapping[Path, str] | None 
 
 
 def _replay(run: RunFolder, store: Store, parents: Parents, state: str | None, lease: Lease) -> Synced:
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, RunTag
 
     attempts = attempts_of(run)
     experiment = run.experiment()
@@ -119,7 +119,8 @@ def _replay(run: RunFolder, store: Store, parents: Parents, state: str | None, l
     name = experiment.track.experiment or run.sweep
     started = [float(a.started["time"]) for a in attempts if a.started and "time" in a.started]
     begun = min(started, default=time.time())
-    parent = parents.of(run, name, begun)
+    params = _params(run, experiment)
+    parent = parents.of(run, name, begun, params)
     lease.renew()
     client = store.client
     known, sent, sender = _claimed(run, store)
@@ -133,13 +134,9 @@ def _replay(run: RunFolder, store: Store, parents: Parents, state: str | None, l
     record = {"run_id": run_id, "uri": store.uri, "samples": sent, "attempt": sender}
     write_json(run.path / "mlflow.json", record)
 
-    params = axes(experiment.model.context_length, run.axes())
-    params |= flatten(experiment.model_dump(mode="json", exclude={"slurm"}))
     # Parameters never change in MLflow: the first attempt's stay.
-    absent = {k: v for k, v in params.items() if v is not None and key_of(k) not in known.data.params}
-    for part in parts(list(absent.items()), PARAMS_A_CALL):
-        client.log_batch(run_id, params=[Param(key_of(k), str(v)[:PARAM_LENGTH]) for k, v in part])
-        lease.renew()
+    log_params(client, run_id, {k: v for k, v in params.items() if k not in known.data.params})
+    lease.renew()
     # Before all other metrics: see scores.py.
     first = [] if HEADLINE in known.data.metrics else [Metric(HEADLINE, math.nan, ms(begun), 0)]
     tags = {PARENT: parent, **_tags(run, attempts, experiment)}
@@ -212,6 +209,12 @@ def _durable(run: RunFolder) -> float:
         return int(checkpoints.state_of(checkpoints.published(run.checkpoints)[-1])["samples"])
     except (OSError, LongclipError, IndexError, KeyError, TypeError):
         return -1
+
+
+def _params(run: RunFolder, experiment: Any) -> dict[str, str]:
+    found = axes(experiment.model.context_length, run.axes())
+    found |= flatten(experiment.model_dump(mode="json", exclude={"slurm"}))
+    return {key_of(k): str(v)[:PARAM_LENGTH] for k, v in found.items() if v is not None}
 
 
 def _tags(run: RunFolder, attempts: Sequence[Attempt], experiment: Any) -> dict[str, Any]:

@@ -6,13 +6,15 @@ that name in a run's folder does for the run. Made once, under a lease; made ane
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from longclip.run.folder import RunFolder, read_json, runs_of, write_json
-from longclip.track.store import TAG_LENGTH, Store, key_of, ms, opened
+from longclip.track.scores import AXIS, CONTEXT_LENGTH, HEADLINE, WINDOW
+from longclip.track.store import TAG_LENGTH, Store, key_of, log_params, ms, opened
 
 PARENT = "mlflow.parentRunId"
 """The tag of a child"""
@@ -30,11 +32,12 @@ class Parents:
         self._known: dict[tuple[Path, str], str] = {}
         self._moved: set[str] = set()
 
-    def of(self, run: RunFolder, experiment: str, started: float) -> str:
-        """The id of the MLflow run that stands for the sweep of ``run``; ``started`` in seconds since 1970."""
+    def of(self, run: RunFolder, experiment: str, started: float, params: Mapping[str, str]) -> str:
+        """The id of the MLflow run that stands for the sweep of ``run``; ``started`` in seconds since 1970, ``params``
+        those of ``run``."""
         sweep = run.path.parent
         if (sweep, experiment) not in self._known:
-            known = _recorded(self._store, sweep, experiment) or self._make(sweep, experiment, started)
+            known = _recorded(self._store, sweep, experiment) or self._make(run, experiment, started, params)
             self._known[sweep, experiment] = known
         return self._known[sweep, experiment]
 
@@ -55,18 +58,29 @@ class Parents:
             else:
                 self._store.client.set_terminated(parent, status, max((c.info.end_time or 0) for c in children))
 
-    def _make(self, sweep: Path, experiment: str, started: float) -> str:
+    def _make(self, run: RunFolder, experiment: str, started: float, params: Mapping[str, str]) -> str:
+        sweep, client = run.path.parent, self._store.client
         place = self._store.experiment(experiment)
-        with self._store.holding(sweep):
+        with self._store.holding(sweep) as lease:
             if known := _recorded(self._store, sweep, experiment):  # another job of the sweep was quicker
                 return known
             tags = {"longclip.sweep": sweep.name, "longclip.kind": "sweep"}
-            made = self._store.client.create_run(place, start_time=ms(started), tags=tags, run_name=sweep.name)
+            made = client.create_run(place, start_time=ms(started), tags=tags, run_name=sweep.name).info.run_id
             this = {"uri": self._store.uri, "experiment": experiment}
             others = [r for r in _records(sweep) if {**r, **this} != r]
-            write_json(sweep / "mlflow.json", {"parents": [*others, {**this, "run_id": made.info.run_id}]})
-        self._moved.add(made.info.run_id)
-        return str(made.info.run_id)
+            write_json(sweep / "mlflow.json", {"parents": [*others, {**this, "run_id": made}]})
+            lease.renew()
+            # Whoever ticks all runs of an experiment, this one too, compares them by the same parameters and metric.
+            log_params(client, made, shared(params, run.axes()))
+            client.log_metric(made, HEADLINE, math.nan, ms(started), 0)
+        self._moved.add(made)
+        return str(made)
+
+
+def shared(params: Mapping[str, str], varied: Iterable[str]) -> dict[str, str]:
+    """Those of a run's parameters that do not tell it from the other runs of its sweep, as far as was declared."""
+    own = (WINDOW, CONTEXT_LENGTH, "name", *varied)
+    return {k: v for k, v in params.items() if not k.startswith((AXIS, *(f"{o}." for o in own))) and k not in own}
 
 
 def together(statuses: Iterable[str]) -> str:

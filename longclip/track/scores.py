@@ -15,6 +15,7 @@ from longclip.run.folder import RunFolder, read_json
 from longclip.run.journal import Point, text_shares
 from longclip.track.store import key_of, ms
 
+CONTEXT_LENGTH = "model.context_length"
 WINDOW = "Window"
 """The parameter: the run's context length"""
 HEADLINE = "Recall at 1"
@@ -28,7 +29,7 @@ Value = tuple[str, float, int, int]
 
 def axes(window: int, varied: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that a comparison is about."""
-    return {WINDOW: window, **{f"{AXIS}{k}": v for k, v in varied.items() if k != "model.context_length"}}
+    return {WINDOW: window, **{f"{AXIS}{k}": v for k, v in varied.items() if k != CONTEXT_LENGTH}}
 
 
 def finals(run: RunFolder, last: Attempt, points: Sequence[Point], experiment: Any) -> list[Value]:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +109,14 @@ def opened(uri: str) -> Iterator[Store]:
 def key_of(name: str) -> str:
     """A name that MLflow takes."""
     return re.sub(r"[^\w\-. :/]", "_", name)
+
+
+def log_params(client: Any, run_id: str, params: Mapping[str, str]) -> None:
+    """Adds parameters; one that is there with another value is an error of MLflow's."""
+    from mlflow.entities import Param
+
+    for part in parts(list(params.items()), PARAMS_A_CALL):
+        client.log_batch(run_id, params=[Param(k, v) for k, v in part])
 
 
 def parts(values: list[T], size: int) -> Iterator[list[T]]:
