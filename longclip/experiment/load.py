@@ -33,6 +33,9 @@ PATHS: tuple[Key, ...] = (
 )
 """Values that may be paths; a path is taken relative to the file that says it."""
 
+REFERENCES = "references.yaml"
+"""Beside experiments: figures that papers report (collect/references.py); no experiment"""
+
 M = TypeVar("M", bound=BaseModel)
 
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -121,7 +124,8 @@ def _files(paths: list[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found = sorted(
-                (p for p in path.glob("*.yaml") if not p.name.startswith("_")), key=lambda p: natural(p.name)
+                (p for p in path.glob("*.yaml") if not p.name.startswith("_") and p.name != REFERENCES),
+                key=lambda p: natural(p.name),
             )
             if not found:
                 raise UserError(f"{path}: no experiment in this folder (*.yaml, not starting with _)")

@@ -27,8 +27,9 @@ from longclip.experiment.identity import flatten, train_sources
 from longclip.run import checkpoints
 from longclip.run.attempts import FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json, write_json
-from longclip.run.journal import Point, effective, text_shares
+from longclip.run.journal import Point, laid, read_points, text_shares
 from longclip.run.verdicts import INFRASTRUCTURE, verdict_of
+from longclip.track import facts
 from longclip.track.lease import Lease
 
 T = TypeVar("T")
@@ -139,7 +140,8 @@ def _replay(run: RunFolder, client: Any, uri: str, state: str | None, artifacts:
     status = _status(last, state)
     # The checkpoint is read before the journal, which was flushed before it: what is durable is then all seen.
     limit = math.inf if status == "FINISHED" else _durable(run)
-    points = effective(run)
+    journals = {a: read_points(a.journal) for a in attempts}
+    points = laid(attempts, journals)
     name = experiment.track.experiment or run.sweep
     known, sent, sender = _claimed(run, client, uri)
     if known is None:
@@ -158,7 +160,8 @@ def _replay(run: RunFolder, client: Any, uri: str, state: str | None, artifacts:
     for part in _parts(list(absent.items()), PARAMS_A_CALL):
         client.log_batch(run_id, params=[Param(_key(k), str(v)[:PARAM_LENGTH]) for k, v in part])
         lease.renew()
-    client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in _tags(run, attempts, experiment).items()])
+    tags = {**_tags(run, attempts, experiment), **facts.tags(run, attempts, journals)}
+    client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
     lease.renew()
     client.log_inputs(run_id, _datasets(run, experiment))
     lease.renew()
