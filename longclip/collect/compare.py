@@ -235,6 +235,7 @@ def _by_task(line: Line) -> Iterable[Line]:
             task=task,
             evaluated=window,
             rows=rows,
+            scored=tuple(there),
             scores=scores_of(there),
             ceiling=there[0].ceiling,
             data=there[0].data,
@@ -337,6 +338,7 @@ def _external(model: External, lines: Sequence[Line]) -> Iterable[Line]:
             (),
             True,
             "external",
+            scored=(s,),
             scores=scores_of([s]) if s.metrics else {},
             accuracy=accuracy if task == TEST else None,
             waste=s.metrics.get("waste"),
@@ -395,26 +397,22 @@ def _against(line: Line, base: Line | None) -> Line:
 
 
 def _delta(name: str, line: Line, base: Line) -> Delta:
-    ours, theirs = _seeds(line, name), _seeds(base, name)
+    ours, theirs = _by_seed(line, name), _by_seed(base, name)
     if common := [s for s in ours if s in theirs]:
-        ours, theirs = {s: ours[s] for s in common}, {s: theirs[s] for s in common}
-    if not ours or not theirs:  # a model from outside has no seed
-        return Delta(line.scores[name].value - base.scores[name].value, None, None, 1)
+        ours, theirs = [{s: part[s] for s in common} for part in (ours, theirs)]
     value = float(np.mean([v for v, _ in ours.values()]) - np.mean([v for v, _ in theirs.values()]))
     side, k = name[:3], name.rpartition("_")[2]
-    pairs = [[s for _, s in part.values()] for part in (theirs, ours)]
-    known = all(s is not None and side in s.ranks for part in pairs for s in part)
-    if name == MEAN or not known or len({s.convention for part in pairs for s in part if s}) > 1:
+    scored = [*(s for _, s in ours.values()), *(s for _, s in theirs.values())]
+    known = [s for s in scored if s is not None and side in s.ranks]
+    if name == MEAN or len(known) < len(scored) or len({s.convention for s in known}) > 1:
         return Delta(value, None, None, len(ours))
-    before, after = ([intervals.hits(s.ranks[side], int(k)) for s in part if s] for part in pairs)
+    after, before = ([intervals.hits(s.ranks[side], int(k)) for _, s in part.values() if s] for part in (ours, theirs))
     found = intervals.difference(before, after)
     return Delta(value, found.low, found.high, len(ours))
 
 
-def _seeds(line: Line, name: str) -> dict[int, tuple[float, Scores | None]]:
-    """By seed: the value, and the scores that it is from (None for validation's)."""
-    found: dict[int, tuple[float, Scores | None]] = {}
-    for row, value in zip(line.rows, line.scores[name].by_seed, strict=False):
-        there = next((s for s in row.scores if (s.task, s.window) == (line.task, line.evaluated)), None)
-        found[row.seed] = (value, there)
-    return found
+def _by_seed(line: Line, name: str) -> dict[int | None, tuple[float, Scores | None]]:
+    """The value, and the scores that it is from (validation keeps none); a model from outside has no seed."""
+    seeds: Sequence[int | None] = [row.seed for row in line.rows] or [None]
+    scored: Sequence[Scores | None] = line.scored or [None] * len(seeds)
+    return dict(zip(seeds, zip(line.scores[name].by_seed, scored, strict=True), strict=True))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from longclip.collect.row import Row
+from longclip.collect.row import Row, Scores
 
 KS = (1, 5, 10)
 SIDES = ("i2t", "t2i")
@@ -79,6 +79,8 @@ class Line:
     counts: bool
     """whether it is complete: an unfinished run has a line, but no figures and no part in means"""
     state: str
+    scored: tuple[Scores, ...] = ()
+    """what the figures are from, one for each of ``rows``: ranks of single queries, where they were kept"""
     scores: Mapping[str, Cell] = field(default_factory=dict)
     """``i2t_recall_at_1``, ..., ``mean_recall_at_1``; and all else that the record of the task says"""
     ceiling: Mapping[str, float] = field(default_factory=dict)

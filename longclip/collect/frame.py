@@ -97,7 +97,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _fields(line: Line) -> dict[str, Any]:
-    return {**{k: v for k, v in vars(line).items() if k != "rows"}, "of_ceiling": line.of_ceiling}
+    return {**{k: v for k, v in vars(line).items() if k not in ("rows", "scored")}, "of_ceiling": line.of_ceiling}
 
 
 def _run(row: Row) -> dict[str, Any]:

@@ -80,8 +80,8 @@ def difference(a_SN: ArrayLike, b_SN: ArrayLike) -> Interval:
     a, b = np.asarray(a_SN, dtype=np.int64), np.asarray(b_SN, dtype=np.int64)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"{a.shape[1]} queries and {b.shape[1]}: not the same test set")
-    scale = len(a) * len(b)
-    return _resampled(len(a) * b.sum(axis=0) - len(b) * a.sum(axis=0), scale, (-scale, scale))
+    one = max(len(a), len(b))  # a query that one seed of one model hits, and the other model does not
+    return _resampled(len(a) * b.sum(axis=0) - len(b) * a.sum(axis=0), len(a) * len(b), (-one, one))
 
 
 def unpaired(a: Interval, b: Interval) -> Interval:

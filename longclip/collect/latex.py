@@ -46,9 +46,9 @@ _INTERVAL = re.compile(r"^(\S+) (\[.+\])$")
 
 
 def latex(comparison: Comparison) -> str:
-    """One table environment a task. Needs ``\\usepackage{booktabs}`` and ``\\usepackage[T1]{fontenc}``."""
+    """One table environment a task. Needs ``\\usepackage{booktabs,graphicx}`` and ``\\usepackage[T1]{fontenc}``."""
     parts = [
-        r"% \usepackage{booktabs} \usepackage[T1]{fontenc}",
+        r"% \usepackage{booktabs,graphicx} \usepackage[T1]{fontenc}",
         *(_table(comparison, task) for task in comparison.tasks),
     ]
     return "\n".join(parts)
@@ -68,13 +68,15 @@ def _table(comparison: Comparison, task: str) -> str:
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{escape(notes)}.}}",
+            # As wide as the text at most; graphicx.
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{aligned}}}",
             r"\toprule",
             " & ".join(escape(c) for c in columns) + r" \\",
             r"\midrule",
             *body,
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             r"\end{table}",
             "",
         ]
@@ -101,6 +103,8 @@ def escape(text: str) -> str:
 def _sign(sign: str) -> str:
     if sign in _SPECIAL:
         return _SPECIAL[sign]
-    if sign.isascii() or ("\u00c0" <= sign <= "\u00ff" and unicodedata.category(sign).startswith("L")):
+    if (sign.isascii() and sign.isprintable()) or (
+        "\u00c0" <= sign <= "\u00ff" and unicodedata.category(sign).startswith("L")
+    ):
         return sign
     return rf"{{\ttfamily U+{ord(sign):04X}}}"

@@ -12,9 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import platform
 import random
+import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from longclip.experiment.identity import REFERENCES, identity, uid
 from longclip.experiment.schema import Experiment
@@ -95,12 +100,87 @@ def one_run(root: Path, window: int, seed: int, steps: int) -> None:
     )
 
 
+def folders(folder: Path) -> str:
+    from longclip.collect.gather import gather
+
+    return table(gather(list(runs_of(folder / "runs"))))
+
+
+def mlflow(folder: Path) -> str:
+    from longclip.collect.store import gather_from
+
+    return table(gather_from(f"sqlite:///{folder / 'mlflow.db'}", ["big"]))
+
+
+def plain(folder: Path) -> str:
+    """All points of all metrics by MLflow's own client, and nothing done with them: what the folders' journals hold."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("big")
+    count = 0
+    for run in client.search_runs([experiment.experiment_id], max_results=1000):
+        for name in run.data.metrics:
+            count += len([(p.step, p.value) for p in client.get_metric_history(run.info.run_id, name)])
+    return f"{count:,} points"
+
+
+def table(rows: list[Any]) -> str:
+    from longclip.collect.compare import compare
+    from longclip.collect.frame import frame
+
+    return str(frame(compare(rows)).to_csv(index=False))
+
+
+WAYS = {"folders": folders, "plain": plain, "mlflow": mlflow}
+SAYS = {
+    "folders": "run folders, to table.csv",
+    "plain": "MLflow client over SQLite, all points read",
+    "mlflow": "longclip collect --mlflow, to table.csv",
+}
+
+
+def one_way(folder: Path, way: str) -> None:
+    begun, busy = time.monotonic(), time.process_time()
+    result = WAYS[way](folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    seconds = {"seconds": time.monotonic() - begun, "cpu": time.process_time() - busy, "GiB": peak}
+    print(json.dumps({**seconds, "result": result}))
+
+
+def measure(folder: Path) -> int:
+    found = {}
+    for way in WAYS:
+        command = [sys.executable, __file__, "time", str(folder), "--way", way]
+        done = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        found[way] = json.loads(done)
+        print(
+            f"{SAYS[way]:44} {found[way]['seconds']:7.1f} s  {found[way]['cpu']:7.1f} s of CPU  "
+            f"{found[way]['GiB']:.2f} GiB at most",
+            flush=True,
+        )
+    ours, theirs = found["folders"], found["plain"]
+    same = ours["result"] == found["mlflow"]["result"]
+    faster = {clock: theirs[clock] / ours[clock] for clock in ("seconds", "cpu")}
+    print(
+        f"{theirs['result']}; folders {faster['seconds']:.1f} times as fast, by CPU time {faster['cpu']:.1f} (goal 20)"
+    )
+    print(f"the two tables are {'equal, byte for byte' if same else 'NOT EQUAL'}")
+    print(f"{platform.machine()}, Python {platform.python_version()}")
+    return 0 if same else 1
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("make", "time"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=len(WINDOWS) * SEEDS)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--way", choices=tuple(WAYS), help="only this one, and as JSON")
     given = parser.parse_args()
     if given.what == "make":
         make(given.folder, given.runs, given.steps)
+    elif given.way:
+        one_way(given.folder, given.way)
+    else:
+        sys.exit(measure(given.folder))

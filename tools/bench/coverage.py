@@ -6,8 +6,8 @@
 A trial draws a test set of n pairs: for each a point in space, of which a model sees an image and a caption, each with
 noise of its own; ranks are counted by brute force, a tie as a miss, and collect/intervals.py is asked. The truth is the
 mean over as many other trials. Model B sees the same pairs with a little less noise than A: 3 points of Recall@1 in
-truth. Exit code 1 where a coverage is outside 93 to 97 %. Sets of doubles, at the end, show where intervals over queries
-end, and are not counted.
+truth. Exit code 1 where a coverage is outside 93 to 97 %. Sets of doubles, at the end, show where intervals over
+queries end, and are not counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ DIM, OWN, NOISE = 32, 0.1, {"a": 0.95, "b": 0.93}
 
 
 def unit(x: NDArray[np.float64]) -> Floats:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    found: Floats = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return found
 
 
 def ranks(image_ND: Floats, text_ND: Floats) -> Ranks:
@@ -46,7 +47,7 @@ def gaussian(rng: np.random.Generator, n: int) -> dict[str, list[Ranks]]:
     """Ranks of models A and B, SEEDS of each, on one drawn test set. What is hard about a pair is the same for all."""
     point = rng.standard_normal((n, DIM))
     hard_image, hard_text = rng.standard_normal((2, n, DIM))
-    found = {}
+    found: dict[str, list[Ranks]] = {}
     for model, noise in NOISE.items():
         found[model] = []
         for _ in range(SEEDS):
@@ -97,7 +98,7 @@ def coverage(
         for name, answer in asked(draw(rng, n)).items():
             truth.setdefault(name, []).append(answer.value)
     means = {name: float(np.mean(values)) for name, values in truth.items()}
-    held = {name: [] for name in means}  # type: dict[str, list[tuple[bool, bool, float]]]
+    held: dict[str, list[tuple[bool, bool, float]]] = {name: [] for name in means}
     for _ in range(trials):
         for name, answer in asked(draw(rng, n)).items():
             inside = answer.low <= means[name] <= answer.high
@@ -131,7 +132,8 @@ def main() -> int:
                 clear = f"  found in {100 * row['clear']:5.1f} %" if "B - A" in name else ""
                 print(
                     f"  {name:36} truth {100 * row['truth']:5.1f}  width {100 * row['width']:4.1f}"
-                    f"  holds it in {100 * row['held']:5.2f} %{' !' if bad else '  '}{clear}"
+                    f"  holds it in {100 * row['held']:5.2f} %{' !' if bad else '  '}{clear}",
+                    flush=True,
                 )
     if given.json:
         print(json.dumps(whole))
