@@ -251,7 +251,8 @@ def _without_training(line: Line, there: Sequence[Scores]) -> Line:
     )
     waste = _mean([s.metrics.get("waste") for s in there])
     blank |= dict.fromkeys(("samples", "test_samples", "total", "padding_avoided", "accuracy"))
-    return replace(line, waste=waste, state="same weights", **blank)  # type: ignore[arg-type]
+    state = "same weights" if not line.own or line.task == TEST else ""
+    return replace(line, waste=waste, state=state, **blank)  # type: ignore[arg-type]
 
 
 def scores_of(there: Sequence[Scores]) -> dict[str, Cell]:

@@ -57,7 +57,7 @@ def latex(comparison: Comparison) -> str:
 def _table(comparison: Comparison, task: str) -> str:
     lines, bold = shown(comparison, task), best(comparison, task)
     columns = [c for c in lines[0] if _wanted(c, comparison)]
-    if all(line.get("state") in ("finished", "same weights", "external") for line in lines):
+    if all(line.get("state", "") in ("", "finished", "same weights", "external") for line in lines):
         columns = [c for c in columns if c != "state"]
     aligned = "".join("l" if c in LEFT else "r" for c in columns)
     said = caption(comparison) if task == TEST or comparison.cut is not None else heading(comparison, task)

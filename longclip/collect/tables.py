@@ -186,9 +186,8 @@ def terminal(comparison: Comparison) -> Group:
 
 def _columns(there: Sequence[str], comparison: Comparison) -> list[str]:
     """Those that the terminal shows, in its order; all are in the files."""
-    first = [c for c in MAIN if c in there]
-    first[-1:] = [*first[-1:], *([c for c in there if c.startswith("Δ i2t")])]
-    at = first.index("waste") if "waste" in first else len(first)
+    first = [c for c in MAIN if c in there] + [c for c in there if c.startswith("Δ i2t")]
+    at = sum(c in there for c in MAIN[: MAIN.index("waste")])
     first[at:at] = [c for c in comparison.varied if c in there]
     later = [c for c in there if c.startswith("samples to ") or c == "zero-shot" or c.endswith("(lost)")]
     return [*first, *later, *(c for c in ("state", "differs in", "source") if c in there)]
@@ -220,7 +219,12 @@ def best(comparison: Comparison, task: str | None = None) -> set[tuple[int, str]
 def _base(comparison: Comparison) -> str:
     """What differences are to and goals are of, in words: the arm with the smallest window."""
     names = set(comparison.baselines) or {r.baseline for r in comparison.rows if r.baseline}
-    return str(names.pop()) if len(names) == 1 else "smallest window"
+    if len(names) == 1:
+        return str(names.pop())
+    windows = {x.window for x in comparison.lines if x.name in names} | {
+        r.context_length for r in comparison.rows if r.name in names
+    }
+    return str(windows.pop()) if len(windows) == 1 else "smallest window"
 
 
 def _owner(base: str) -> str:
