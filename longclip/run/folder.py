@@ -126,7 +126,8 @@ def dump_experiment(experiment: Experiment) -> str:
 
 def load_experiment(file: Path) -> Experiment:
     """An experiment as a run folder holds it: already merged and resolved."""
-    return Experiment.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same in C, a tenth of the time
+    return Experiment.model_validate(yaml.load(file.read_text(encoding="utf-8"), loader))
 
 
 def runs_of(root: Path, sweep: str | None = None) -> Iterator[RunFolder]:

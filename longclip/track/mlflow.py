@@ -22,8 +22,9 @@ from longclip.experiment.identity import flatten, train_sources
 from longclip.run import checkpoints
 from longclip.run.attempts import Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json, write_json
-from longclip.run.journal import Point, effective
+from longclip.run.journal import Point, laid, read_points
 from longclip.run.verdicts import INFRASTRUCTURE, verdict_of
+from longclip.track import facts
 from longclip.track.lease import Lease
 from longclip.track.parent import PARENT, Parents
 from longclip.track.scores import HEADLINE, axes, finals, tested
@@ -115,7 +116,8 @@ def _replay(run: RunFolder, store: Store, parents: Parents, state: str | None, l
     status = _status(last, state)
     # The checkpoint is read before the journal, which was flushed before it: what is durable is then all seen.
     limit = math.inf if status == "FINISHED" else _durable(run)
-    points = effective(run)
+    journals = {a: read_points(a.journal) for a in attempts}
+    points = laid(attempts, journals)
     name = experiment.track.experiment or run.sweep
     started = [float(a.started["time"]) for a in attempts if a.started and "time" in a.started]
     begun = min(started, default=time.time())
@@ -139,7 +141,7 @@ def _replay(run: RunFolder, store: Store, parents: Parents, state: str | None, l
     lease.renew()
     # Before all other metrics: see scores.py.
     first = [] if HEADLINE in known.data.metrics else [Metric(HEADLINE, math.nan, ms(begun), 0)]
-    tags = {PARENT: parent, **_tags(run, attempts, experiment)}
+    tags = {PARENT: parent, **_tags(run, attempts, experiment), **facts.tags(run, attempts, journals)}
     client.log_batch(run_id, metrics=first, tags=[RunTag(k, str(v)) for k, v in tags.items()])
     lease.renew()
     client.log_inputs(run_id, _datasets(run, experiment))
