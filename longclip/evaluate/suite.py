@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from longclip.errors import UserError
+from longclip.evaluate.classes import Classification
 from longclip.evaluate.conventions import Convention
 from longclip.experiment.load import read_as
 from longclip.experiment.schema import Section, bad, template
@@ -31,7 +32,6 @@ KEPT = (16, 32, 64, 77, 128, 154, 192, 256, 384, 512)
 """tokens that the probe ``kept`` leaves of a caption, as far as the model's own window goes"""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-Words = Annotated[tuple[str, ...], Field(strict=False, min_length=1)]
 Probe = Literal["kept", "shuffled", "first"]
 
 
@@ -61,31 +61,6 @@ class Retrieval(Section):
                 template(self.text)
             except ValueError as error:
                 raise bad("text", f"is {self.text!r}: {error}") from None
-        return self
-
-
-class Classification(Section):
-    """Images, each to be told by the text that describes its class best: no training, only wording."""
-
-    kind: Literal["classification"]
-    reader: Literal["shards", "images", "medmnist", "hdf5", "parquet", "csv"]
-    data: Annotated[str, Field(min_length=1)]
-    label: str | None = None
-    """where an image's class stands: a json field, a column or an array, by reader"""
-    classes: dict[str, str | Words] | Words | None = None
-    """names, each with one or several wordings; or a list of names that are their own wording"""
-    templates: Words = ("{}",)
-    """sentences around a wording, at the place of ``{}``; a class is the mean of all its sentences"""
-    multi_label: bool = False
-    candidates: str | None = None
-    """closed-set form: the field that holds each image's own list, of which ``label`` is the index or the text"""
-
-    @model_validator(mode="after")
-    def _check(self) -> Classification:
-        if (self.classes is None) == (self.candidates is None):
-            raise bad("classes", "give either 'classes' or 'candidates' (each image's own list)")
-        if without := [t for t in self.templates if t.count("{}") != 1]:
-            raise bad("templates", f"{without[0]!r} has no {{}} (just one) where the class stands")
         return self
 
 
@@ -152,7 +127,7 @@ class Resolved:
     def hash(self) -> str:
         """sha256 (hex) of all that decides the figures; a field at its default is not in it, nor is any path."""
         tasks = {
-            name: {**task.model_dump(mode="json", exclude_defaults=True), "kind": task.kind, "data": self.data[name]}
+            name: {**task.model_dump(mode="json", exclude_defaults=True), "data": self.data[name]}
             for name, task in self.suite.tasks.items()
         }
         text = json.dumps([VERSION, tasks], sort_keys=True, separators=(",", ":"))
@@ -160,7 +135,7 @@ class Resolved:
 
     def as_record(self) -> dict[str, Any]:
         return {
-            "suite": self.suite.model_dump(mode="json"),
+            "suite": self.suite.model_dump(mode="json", exclude_defaults=True),
             "hash": self.hash,
             "data": dict(self.data),
             "paths": dict(self.paths),
