@@ -30,6 +30,8 @@ VERSION = 1
 """counts the changes of code after which the same suite gives other figures: part of its hash"""
 KEPT = (16, 32, 64, 77, 128, 154, 192, 256, 384, 512)
 """tokens that the probe ``kept`` leaves of a caption, as far as the model's own window goes"""
+LEAST = 4
+"""tokens of a window, as of ``model.context_length``"""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Probe = Literal["kept", "shuffled", "first"]
@@ -44,7 +46,7 @@ class Retrieval(Section):
     path in the folder and a caption a row, any number of rows an image"""
     text: str | None = None
     """of shards: as ``data.text`` of an experiment; by default the model's own, else ``txt``"""
-    windows: Annotated[tuple[Literal["own"] | Annotated[int, Field(ge=4)], ...], Field(strict=False)] = ("own",)
+    windows: Annotated[tuple[str | int, ...], Field(strict=False)] = ("own",)
     """where captions are cut; each model's own always counts"""
     strata: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = ()
     """bounds of caption length in tokens: queries up to the first, up to the second, ..., and beyond the last"""
@@ -54,6 +56,8 @@ class Retrieval(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Retrieval:
+        if wrong := [w for w in self.windows if w != "own" and (isinstance(w, str) or w < LEAST)]:
+            raise bad("windows", f"hold {wrong[0]!r}; valid is own, or a number of tokens from {LEAST}")
         if list(self.strata) != sorted(set(self.strata)):
             raise bad("strata", f"are {list(self.strata)}; valid are bounds that rise")
         if self.text is not None:
