@@ -50,16 +50,21 @@ class Batch:
 
     def images(self, device: torch.device) -> Tensor:
         """[b, 3, size, size] fp32 on ``device``, normalised; the channels lie innermost in memory."""
-        b, height, width, channels = self.pixels.shape
-        rows = self.pixels.to(device).view(b, height, width * channels)
-        # Laid out as a row of pixels, so that the innermost loop is long.
-        mean, std = (torch.tensor(x, device=device).repeat(width) for x in (self.form.mean, self.form.std))
-        out = torch.empty(rows.shape, device=device)
-        # On a CPU one image at a time, which its cache holds through the three passes.
-        step = 1 if device.type == "cpu" else max(1, b)
-        for pixels, normal in zip(torch.split(rows, step), torch.split(out, step), strict=True):
-            torch.div(pixels, 255, out=normal).sub_(mean).div_(std)
-        return out.view(b, height, width, channels).permute(0, 3, 1, 2)
+        return normalised(self.pixels, self.form, device)
+
+
+def normalised(pixels: Tensor, form: Pixels, device: torch.device) -> Tensor:
+    """[b, size, size, 3] uint8 as [b, 3, size, size] fp32 on ``device``; the channels lie innermost in memory."""
+    b, height, width, channels = pixels.shape
+    rows = pixels.to(device).view(b, height, width * channels)
+    # Laid out as a row of pixels, so that the innermost loop is long.
+    mean, std = (torch.tensor(x, device=device).repeat(width) for x in (form.mean, form.std))
+    out = torch.empty(rows.shape, device=device)
+    # On a CPU one image at a time, which its cache holds through the three passes.
+    step = 1 if device.type == "cpu" else max(1, b)
+    for image, normal in zip(torch.split(rows, step), torch.split(out, step), strict=True):
+        torch.div(image, 255, out=normal).sub_(mean).div_(std)
+    return out.view(b, height, width, channels).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)

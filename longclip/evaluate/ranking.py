@@ -10,20 +10,13 @@ Published Recall@K figures follow different conventions, which tell models apart
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Convention = Literal["strict", "open_clip", "clip_benchmark"]
-CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
-SAYS = {
-    "strict": "ties = misses",
-    "open_clip": "open_clip's convention: an image's first caption, ties by index",
-    "clip_benchmark": "CLIP_benchmark's convention: any caption of an image, ties by index",
-}
+from longclip.evaluate.conventions import Convention
+
 KS = (1, 5, 10)
 CELLS = 2**26
 """scores held at a time: 256 MiB of them, and a quarter of that for what they are compared to"""

@@ -333,14 +333,33 @@ def meet(place: Path, rank: int, size: int, local_rank: int, host: str | None = 
 
 def note_failure(record: RunFolder, number: int, error: BaseException) -> None:
     """Every rank records its own failure; and whether this job may be started again is decided with it."""
-    attempt = _attempt or Attempt(record.attempts / f"{number:04d}")
-    if _attempt is None and attempt.started is not None:
-        return  # the ranks of a restarted job did not even meet: the attempt that stands there is not theirs
+    attempt = _attempt or _unmet(record, number)
+    if attempt is None:
+        return
     _record_failure(attempt, error)
     if kind_of(error)[0] == "node failed":
         restart.may_again(record, _job_id(), excluded(record.path, time.time()))
     if stays(record):
         restart.not_again(record, _job_id())
+
+
+def _unmet(record: RunFolder, number: int) -> Attempt | None:
+    """The attempt of a job whose ranks did not even meet.
+
+    Where the job was started again, the one that it was submitted as is an earlier life's: rank 0 claims another by
+    itself, so that the failure counts, and is tried again as any other (a network that is sick for a minute).
+    """
+    attempt = Attempt(record.attempts / f"{number:04d}")
+    if attempt.started is None:
+        return attempt
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return None
+    facts = {"nodes": [os.environ.get("SLURMD_NODENAME") or socket.gethostname()], "code": code_hash()}
+    try:
+        kind, what = _claim_alone(record, number, facts)
+    except LongclipError:  # another job has the run
+        return None
+    return Attempt(record.attempts / what) if kind == "attempt" else None
 
 
 def _record_failure(attempt: Attempt, error: BaseException) -> None:
