@@ -54,6 +54,13 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
+def square_of(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """As :func:`square` without a crop, of pixels: grey [h, w] or [h, w, 1], RGB [h, w, 3]."""
+    grey = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    image = Image.fromarray(np.ascontiguousarray(grey)).convert("RGB")
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=_box(*image.size, None)))
+
+
 def _box(width: int, height: int, crop: tuple[float, ...] | None) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of what is cut out, in pixels of the whole image."""
     if crop is None:

@@ -22,6 +22,16 @@ def confusion(labels_N: Ints, predicted_N: Ints, classes: int) -> NDArray[np.int
     return np.bincount(cells, minlength=classes * classes).reshape(classes, classes).astype(np.int64)
 
 
+def predicted(labels_N: Ints, scores_NC: Floats) -> NDArray[np.int64]:
+    """The class that scores highest, [N]; where a wrong one scores as high as the right one, or is not a number, or the
+    right one is not, a wrong one: guessing by index would flatter a model whose scores are all equal."""
+    labels, rows = np.asarray(labels_N, dtype=np.int64), np.arange(len(labels_N))
+    wrong_NC = np.where(np.isnan(scores_NC), np.inf, scores_NC)
+    wrong_NC[rows, labels] = -np.inf
+    own_N, best_N = np.asarray(scores_NC)[rows, labels], wrong_NC.argmax(axis=1)
+    return np.where(own_N > wrong_NC[rows, best_N], labels, best_N)
+
+
 def accuracy(table_CC: Ints) -> float:
     """Share of images taken for what they are, from their :func:`confusion`; NaN of no images."""
     return _share(int(np.trace(table_CC)), int(table_CC.sum()))
