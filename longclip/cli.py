@@ -77,9 +77,12 @@ def _options(
 def check(paths: Paths, set_: Sets = None) -> None:
     """Validate experiment files. Needs no Slurm, no data and no network."""
     from longclip import screen
+    from longclip.evaluate.suite import read_suite
     from longclip.experiment.load import load
 
     loaded = load(paths, set_)
+    for file in dict.fromkeys(suite for one in loaded for suite in one.experiment.evaluate.suites):
+        read_suite(Path(file))
     for one in loaded:
         e = one.experiment
         length = f"{e.train.samples:,} samples" if e.train.samples else f"{e.train.epochs:g} epochs"

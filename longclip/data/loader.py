@@ -50,6 +50,8 @@ class Batch:
     """tokens that the tower sees"""
     tokens_cut: int
     """tokens that the window cut off"""
+    full: tuple[int, ...] = ()
+    """length of each caption in tokens, before it was cut"""
 
     def images(self, device: torch.device) -> Tensor:
         """[b, 3, size, size] fp32 on ``device``, normalised; the channels lie innermost in memory."""
@@ -101,7 +103,8 @@ class Reader:
                 bad.append(f"{sample.key}: {error}")
         ids, lengths = self.tokenizer(texts)
         kept = sum(map(len, ids))
-        return Batch(torch.from_numpy(images), self.pixels, pack(ids), valid, tuple(bad), kept, sum(lengths) - kept)
+        cut_off = sum(lengths) - kept
+        return Batch(torch.from_numpy(images), self.pixels, pack(ids), valid, tuple(bad), kept, cut_off, tuple(lengths))
 
     def _read(self, shard: int, index: int) -> Sample:
         return patiently(lambda: self.dataset.read(shard, index))

@@ -11,7 +11,9 @@ from longclip.errors import LongclipError, UserError
 from longclip.evaluate.embed import Embedder
 from longclip.evaluate.gallery import open_gallery
 from longclip.evaluate.pairs import retrieve
+from longclip.evaluate.readers import open_labelled
 from longclip.evaluate.suite import Resolved, Retrieval, Task
+from longclip.evaluate.zeroshot import classify
 from longclip.run.evaluations import Scored, write
 
 
@@ -26,7 +28,7 @@ def score(embedder: Embedder, resolved: Resolved, file: Path, about: Mapping[str
     arrays: dict[str, Any] = {}
     for name, task in resolved.suite.tasks.items():
         try:
-            scored = _task(embedder, task, resolved.paths[name])
+            scored = _task(embedder, task, resolved.paths[name], resolved.paths.get(f"{name}.labels"))
         except LongclipError as error:
             error.message = f"{resolved.name}: {name}: {error.message}"
             raise
@@ -37,7 +39,7 @@ def score(embedder: Embedder, resolved: Resolved, file: Path, about: Mapping[str
             )
         tasks[name] = scored.facts
         arrays |= {f"{name}/{key}": array for key, array in scored.arrays.items()}
-    conventions = dict.fromkeys(str(facts["convention"]) for facts in tasks.values() if "convention" in facts)
+    conventions = dict.fromkeys(str(t["convention"]) for t in tasks.values() if t["kind"] == "retrieval")
     record = {
         "suite": resolved.name,
         "suite_hash": resolved.hash,
@@ -52,10 +54,10 @@ def score(embedder: Embedder, resolved: Resolved, file: Path, about: Mapping[str
     return record
 
 
-def _task(embedder: Embedder, task: Task, path: str) -> Scored:
+def _task(embedder: Embedder, task: Task, path: str, labels: str | None) -> Scored:
     if isinstance(task, Retrieval):
         return retrieve(embedder, task, open_gallery(path, task.text or "txt"))
-    raise LongclipError("classification is not here yet")
+    return Scored(*classify(embedder, task, open_labelled(task, path, labels)))
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:

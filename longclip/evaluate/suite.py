@@ -104,7 +104,10 @@ def read_suite(file: Path) -> Suite:
         raise UserError(f"no such suite: {file}", "experiments/suites/ has some; a suite is a YAML file with tasks:")
     suite = read_as(Suite, file, name=file.stem)
     beside = file.absolute().parent
-    tasks = {name: task.model_copy(update={"data": _beside(beside, task.data)}) for name, task in suite.tasks.items()}
+    tasks = {}
+    for name, task in suite.tasks.items():
+        paths = {key: path for key in ("data", "labels") if isinstance(path := getattr(task, key, None), str)}
+        tasks[name] = task.model_copy(update={key: _beside(beside, path) for key, path in paths.items()})
     return suite.model_copy(update={"tasks": tasks})
 
 
@@ -121,7 +124,7 @@ class Resolved:
     data: Mapping[str, str]
     """hash of the content of each task's data, wherever it lies"""
     paths: Mapping[str, str]
-    """where it lies here"""
+    """where it lies here; ``<task>.labels`` where its labels have a file of their own"""
 
     @property
     def name(self) -> str:
@@ -131,20 +134,31 @@ class Resolved:
     def hash(self) -> str:
         """sha256 (hex) of all that decides the figures; a field at its default is not in it, nor is any path."""
         tasks = {
-            name: {**task.model_dump(mode="json", exclude_defaults=True), "data": self.data[name]}
+            name: {**task.model_dump(mode="json", exclude_defaults=True, exclude={"labels"}), "data": self.data[name]}
             for name, task in self.suite.tasks.items()
         }
         text = json.dumps([VERSION, tasks], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def as_record(self) -> dict[str, Any]:
+        """All but the paths, which stand with those of the model: see :meth:`named_paths`."""
         return {
             "suite": self.suite.model_dump(mode="json", exclude_defaults=True),
             "hash": self.hash,
             "data": dict(self.data),
-            "paths": dict(self.paths),
         }
 
+    def named_paths(self) -> dict[str, str]:
+        """``evaluate.suites.<suite>.<task>`` -> path"""
+        return {f"{_KEY}.{self.name}.{task}": path for task, path in self.paths.items()}
+
     @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Resolved:
-        return cls(Suite.model_validate(record["suite"]), dict(record["data"]), dict(record["paths"]))
+    def of_record(cls, record: Mapping[str, Any], paths: Mapping[str, str]) -> Resolved:
+        """``paths`` holds :meth:`named_paths`, and perhaps others."""
+        suite = Suite.model_validate(record["suite"])
+        start = f"{_KEY}.{suite.name}."
+        own = {key.removeprefix(start): path for key, path in paths.items() if key.startswith(start)}
+        return cls(suite, dict(record["data"]), own)
+
+
+_KEY = "evaluate.suites"
