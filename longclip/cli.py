@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from longclip import __version__
+from longclip.cli_evaluate import evaluate
 from longclip.cli_pairs import Json, SiteName, data_app, longcap_app
 from longclip.errors import LongclipError, SiteError, UserError
 
@@ -400,6 +401,9 @@ def export(
     (run,) = _single(_find(site, runs, target))
     done = write(run, checkpoint, dest or Path(f"{run.name}-{form}"), form)
     print(f"wrote {done.folder} ({done.checkpoint}, {done.samples:,} samples); how to use it: {done.folder}/README.md")
+
+
+app.command()(evaluate)
 
 
 @app.command()

@@ -58,24 +58,3 @@ def _task(embedder: Embedder, task: Task, path: str, labels: str | None) -> Scor
     if isinstance(task, Retrieval):
         return retrieve(embedder, task, open_gallery(path, task.text or "txt"))
     return Scored(*classify(embedder, task, open_labelled(task, path, labels)))
-
-
-def lines(record: Mapping[str, Any]) -> list[str]:
-    """The record in a few words, one line a task, the convention with every recall."""
-    from longclip.evaluate.conventions import SAYS
-
-    found = []
-    for name, task in record["tasks"].items():
-        metrics = task["metrics"]
-        if task["kind"] == "retrieval":
-            said = (
-                f"n = {task['images']:,} images, {task['captions']:,} captions, {SAYS[task['convention']]}: "
-                f"R@1 i2t {100 * metrics['i2t_recall_at_1']:.1f} t2i {100 * metrics['t2i_recall_at_1']:.1f}"
-            )
-        else:
-            said = f"n = {task['images']:,}: " + ", ".join(
-                f"{key} {100 * metrics[key]:.1f}" for key in ("accuracy", "balanced_accuracy", "auc") if key in metrics
-            )
-        skipped = "".join(f"; {key} skipped: {why}" for key, why in task.get("skipped", {}).items())
-        found.append(f"{record['suite']}/{name} at {record['checkpoint']}: {said}{skipped}")
-    return found

@@ -110,7 +110,7 @@ def _origin(
         run, identity = lineage.find(name, site.runs, beside)
         return run.path, lineage.pin_of_run(identity, reference), run
     if not Path(reference).is_absolute():
-        folder = _fetched(reference, site)
+        folder = fetched(reference, site)
     elif (run := RunFolder(Path(lineage.without_best(reference)))).exists():
         return run.path, lineage.pin_of_run(run.identity(), reference), run
     else:
@@ -125,10 +125,10 @@ def _tower(reference: str, site: Site) -> Path:
         if not any((folder / file).is_file() for file in ("config.json", "tokenizer_config.json", OPEN_CLIP)):
             raise UserError(f"{reference}: no tower or tokenizer here (no config.json, no tokenizer_config.json)")
         return folder
-    return _fetched(reference, site)
+    return fetched(reference, site)
 
 
-def _fetched(reference: str, site: Site) -> Path:
+def fetched(reference: str, site: Site) -> Path:
     """The files of a hub id, on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -77,7 +77,7 @@ def run(folder: str, number: int) -> str:
     os.environ["HF_HUB_OFFLINE"] = "1"
     record = RunFolder(Path(folder))
     try:
-        _set_ranks(record.attempts, number)
+        set_ranks(record.attempts, f"{number:04d}")
         check_imported(record.path, read_json(record.attempts / f"{number:04d}" / "submitted.json"))
         verdict = _train(record, number)
     except Leave as reason:
@@ -288,8 +288,11 @@ def _log() -> Path | None:
     return Path(JobEnvironment().paths.stdout)
 
 
-def _set_ranks(folder: Path, number: int) -> None:
-    """RANK and its kin: torchrun has set them; for submitit's jobs they are derived from its environment."""
+def set_ranks(folder: Path, name: str) -> None:
+    """RANK and its kin: torchrun has set them; for submitit's jobs they are derived from its environment.
+
+    ``folder`` is shared by all ranks of the job, which meet there; ``name`` says for what.
+    """
     if "RANK" in os.environ:
         return
     from submitit import JobEnvironment
@@ -302,7 +305,7 @@ def _set_ranks(folder: Path, number: int) -> None:
         return
     life = os.environ.get("SLURM_RESTART_COUNT", "0")
     local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
-    place = folder / f".meeting-{number:04d}-{job.job_id}-{life}.json"
+    place = folder / f".meeting-{name}-{job.job_id}-{life}.json"
     meet(place, job.global_rank, job.num_tasks, job.local_rank, "127.0.0.1" if local else None)
 
 

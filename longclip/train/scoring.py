@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from longclip.data.loader import Reader
 from longclip.data.shards import open_dataset
+from longclip.evaluate.conventions import lines
 from longclip.evaluate.embed import Embedder
 from longclip.evaluate.retrieval import ceiling, examine
-from longclip.evaluate.score import lines, score
+from longclip.evaluate.score import score
 from longclip.run import evaluations, lineage
 from longclip.run.folder import write_json
 from longclip.train import checkpoint
