@@ -17,17 +17,11 @@ def evaluate(
         list[str],
         typer.Argument(help="Runs or sweeps; or models: an exported folder, a CLIPModel's folder or hub id."),
     ],
-    suite: Annotated[
-        list[Path], typer.Option("--suite", help="Suite file, as in experiments/suites. May be repeated.")
-    ],
+    suite: Annotated[list[Path], typer.Option("--suite", help="Suite file (experiments/suites); may be repeated.")],
     checkpoint: Annotated[str, typer.Option("--checkpoint", help="Of runs: best, last, all, or a step.")] = "best",
-    on: Annotated[
-        str, typer.Option("--on", help="slurm, local, or debug (here; under torchrun on its ranks).")
-    ] = "local",
+    on: Annotated[str, typer.Option("--on", help="slurm, local, or debug: here, or on torchrun's ranks.")] = "local",
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the records, in place of the runs'.")] = None,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", min=0, help="Ranks with a GPU each; default as trained.")
-    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=0, help="Ranks, a GPU each; by default as trained.")] = None,
     as_json: Json = False,
     site: SiteName = None,
     runs: Annotated[Path | None, typer.Option("--runs", help="Folder of the runs, in place of the site's.")] = None,
@@ -69,9 +63,8 @@ def evaluate(
                 if job := busy.get(unit.key):
                     print(f"left alone: {unit.name}: job {job} waits or runs")
             if jobs:
-                print(
-                    f"queued {len(todo) - len(busy)} in {', '.join(jobs)}; the same command queues what is then missing"
-                )
+                count = len(todo) - len(busy)
+                print(f"queued {count} in {', '.join(jobs)}; the same command queues what is missing then")
             return
     if not units:  # a rank that torchrun made besides the first
         return
@@ -87,4 +80,5 @@ def evaluate(
     for file in found:
         record_of = file.parents[2].name
         print(*(f"{record_of}: {line}" for line in lines(read_json(file))), sep="\n")
-    print(f"{len(found)} records; next: longclip collect {targets[0]}")
+    groups = dict.fromkeys(unit.group.name for unit in units)
+    print(f"{len(found)} records; next: longclip collect {' '.join(groups)}")

@@ -61,11 +61,8 @@ class Unit:
     done: tuple[Path, ...]
     """records that are there"""
     shape: Slurm
-
-    @property
-    def key(self) -> str:
-        asked = [self.spec["about"]["weights"], self.spec["out"], *sorted(suite.hash for suite in self.suites)]
-        return hashlib.sha256(" ".join(asked).encode()).hexdigest()[:16]
+    key: str
+    """the same whenever the same is asked, whatever of it is done"""
 
     @property
     def work(self) -> Path:
@@ -191,9 +188,8 @@ def _external(model: External, suites: list[Resolved], root: Path, gpus: int | N
 def _unit(spec: dict[str, Any], group: Path, suites: list[Resolved], also: list[Path], shape: Slurm) -> Unit:
     done, todo = [], []
     for suite in suites:
-        there = (
-            evaluations.cached(place, spec["about"]["weights"], suite.hash) for place in (Path(spec["out"]), *also)
-        )
+        places = (Path(spec["out"]), *also)
+        there = (evaluations.cached(place, spec["about"]["weights"], suite.hash) for place in places)
         record = next(filter(None, there), None)
         if record is None:
             todo.append(suite)
@@ -201,15 +197,15 @@ def _unit(spec: dict[str, Any], group: Path, suites: list[Resolved], also: list[
             done.append(record)
     spec = {**spec, "suites": [suite.as_record() for suite in todo]}
     spec["paths"] = {**spec["paths"], **{k: v for suite in todo for k, v in suite.named_paths().items()}}
-    return Unit(spec["name"], group, spec, tuple(todo), tuple(done), shape)
+    asked = [spec["about"]["weights"], spec["out"], *sorted(suite.hash for suite in suites)]
+    key = hashlib.sha256(" ".join(asked).encode()).hexdigest()[:16]
+    return Unit(spec["name"], group, spec, tuple(todo), tuple(done), shape, key)
 
 
 def _check_writable(place: Path) -> None:
     there = next(path for path in (place, *place.parents) if path.exists())
     if not os.access(there, os.W_OK):
-        raise SiteError(
-            f"{there}: cannot be written: Permission denied", "--out DIR, for records of somebody else's runs"
-        )
+        raise SiteError(f"{there}: cannot be written: Permission denied", "--out DIR, for other people's runs")
 
 
 def skipped(units: Iterable[Unit]) -> list[str]:
@@ -222,7 +218,7 @@ def skipped(units: Iterable[Unit]) -> list[str]:
                 if not isinstance(task, Retrieval) or reach is None:
                     continue
                 found += [
-                    f"{unit.name}: {suite.name}/{name}: window {window} is skipped: the text tower has {reach} positions"
+                    f"{unit.name}: {suite.name}/{name}: no window {window}: the text tower has {reach} positions"
                     for window in task.windows
                     if isinstance(window, int) and window > reach
                 ]
@@ -283,7 +279,7 @@ def here(decide: Callable[[], list[Unit]]) -> list[Unit]:
         processes.stop()
         raise failure or UserError("rank 0 could not begin; its message says why")
     for spec in told:
-        evaluator.score_unit(spec, ranks)
+        list(evaluator.score_unit(spec, ranks))
     processes.stop()
     return units
 

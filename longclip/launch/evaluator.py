@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,8 @@ def run(work: str, keys: Sequence[str]) -> None:
     ranks = processes.start()
     for key in keys:
         try:
-            score_unit(read_json(Path(work) / "units" / f"{key}.json"), ranks)
+            for line in score_unit(read_json(Path(work) / "units" / f"{key}.json"), ranks):
+                print(line, flush=True)
         except LongclipError as error:
             folder = Path(work) / "failed"
             folder.mkdir(exist_ok=True)
@@ -57,8 +58,8 @@ def quiet() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def score_unit(unit: dict[str, Any], ranks: Ranks) -> None:
-    """Scores one model on its suites. Collective."""
+def score_unit(unit: dict[str, Any], ranks: Ranks) -> Iterator[str]:
+    """Scores one model on its suites; on rank 0 what is to be said of each task. Collective."""
     embedder = _embedder(unit, ranks)
     for record in unit["suites"]:
         suite, folder = Resolved.of_record(record, unit["paths"]), Path(unit["out"])
@@ -70,7 +71,7 @@ def score_unit(unit: dict[str, Any], ranks: Ranks) -> None:
         file = evaluations.place(folder, suite.name, unit["about"]["checkpoint"])
         found = score(embedder, suite, file, unit["about"])
         if ranks.rank == 0:
-            print(*(f"{unit['name']}: {line}" for line in lines(found)), sep="\n", flush=True)
+            yield from (f"{unit['name']}: {line}" for line in lines(found))
 
 
 def _embedder(unit: dict[str, Any], ranks: Ranks) -> Embedder:

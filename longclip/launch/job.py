@@ -215,7 +215,7 @@ def start(
 
 @contextmanager
 def child_environment(values: Mapping[str, str], code: Path) -> Iterator[None]:
-    """The local executor hands its jobs this process's environment: with ``values``, and the snapshot ``code`` first."""
+    """The local executor hands its jobs this process's environment: with ``values``, and the snapshot ``code``."""
     behind = {**os.environ, **values}.get("PYTHONPATH")
     path = os.pathsep.join(filter(None, (str(code), behind)))
     with _environment({**values, "PYTHONPATH": path}), _ctrl_c_stays_here():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import CLIPModel
+from transformers.utils import logging
 
 from longclip.errors import UserError
 from longclip.experiment.schema import Model
@@ -18,6 +19,7 @@ def load(folder: Path, form: str, spec: Model, loss: str) -> DualEncoder:
 
     Raises UserError where the weights are not of that shape.
     """
+    logging.disable_progress_bar()  # of loading, which takes seconds
     try:
         if form == "clip":
             return _clip(folder, spec)
