@@ -30,6 +30,7 @@ def evaluate(
     from longclip.evaluate.conventions import lines
     from longclip.evaluate.suite import read_suite
     from longclip.launch import evaluation
+    from longclip.launch import evaluation_jobs as jobs
     from longclip.launch.site import find_site
     from longclip.run import evaluations
     from longclip.run.folder import read_json
@@ -51,20 +52,20 @@ def evaluate(
         return todo
 
     if on == "debug":
-        evaluation.here(decide)
+        jobs.here(decide)
     else:
         todo = decide()
         if on == "local":
-            evaluation.locally(todo, profile)
+            jobs.locally(todo, profile)
         elif todo:
-            busy = evaluation.under_way(todo)
-            jobs = evaluation.queue([unit for unit in todo if unit.key not in busy], profile)
+            busy = jobs.under_way(todo)
+            queued = jobs.queue([unit for unit in todo if unit.key not in busy], profile)
             for unit in todo:
                 if job := busy.get(unit.key):
                     print(f"left alone: {unit.name}: job {job} waits or runs")
-            if jobs:
+            if queued:
                 count = len(todo) - len(busy)
-                print(f"queued {count} in {', '.join(jobs)}; the same command queues what is missing then")
+                print(f"queued {count} in {', '.join(queued)}; the same command queues what is missing then")
             return
     if not units:  # a rank that torchrun made besides the first
         return

@@ -22,7 +22,7 @@ from longclip.errors import LongclipError, UserError
 from longclip.evaluate.ranking import summary
 from longclip.evaluate.suite import read_suite
 from longclip.experiment.load import load
-from longclip.launch import evaluation
+from longclip.launch import evaluation, evaluation_jobs
 from longclip.launch.plan import plan, problems
 from longclip.launch.site import Site
 from longclip.run.evaluations import cached, read_arrays
@@ -296,7 +296,7 @@ def test_data_that_changed_are_not_scored_as_what_they_were(root: Path, run: Run
     (root / "figures" / "captions.csv").write_text(rows + "0.png,w9\n")
     try:
         with pytest.raises(UserError, match=r"moving: only: .*figures has changed since"):
-            evaluation.here(lambda: [unit])
+            evaluation_jobs.here(lambda: [unit])
         assert cached(run.evaluations, unit.spec["about"]["weights"], unit.suites[0].hash) is None
         evaluate("ctx5", "--suite", file)
         assert record_of(run, "moving", unit.spec["about"]["checkpoint"])["tasks"]["only"]["captions"] == 9
