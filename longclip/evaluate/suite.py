@@ -100,8 +100,15 @@ def read_suite(file: Path) -> Suite:
         raise UserError(f"no such suite: {file}", "experiments/suites/ has some; a suite is a YAML file with tasks:")
     suite = read_as(Suite, file, name=file.stem)
     beside = file.absolute().parent
-    tasks = {name: task.model_copy(update={"data": _beside(beside, task.data)}) for name, task in suite.tasks.items()}
-    return suite.model_copy(update={"tasks": tasks})
+    return suite.model_copy(update={"tasks": {name: _at(beside, task) for name, task in suite.tasks.items()}})
+
+
+def _at(folder: Path, task: Task) -> Task:
+    """With its paths relative to the suite's folder."""
+    paths = {"data": _beside(folder, task.data)}
+    if isinstance(task, Classification) and task.labels is not None:
+        paths["labels"] = _beside(folder, task.labels)
+    return task.model_copy(update=paths)
 
 
 def _beside(folder: Path, data: str) -> str:
@@ -127,7 +134,7 @@ class Resolved:
     def hash(self) -> str:
         """sha256 (hex) of all that decides the figures; a field at its default is not in it, nor is any path."""
         tasks = {
-            name: {**task.model_dump(mode="json", exclude_defaults=True), "data": self.data[name]}
+            name: {**task.model_dump(mode="json", exclude_defaults=True, exclude={"labels"}), "data": self.data[name]}
             for name, task in self.suite.tasks.items()
         }
         text = json.dumps([VERSION, tasks], sort_keys=True, separators=(",", ":"))

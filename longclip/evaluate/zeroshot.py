@@ -22,6 +22,7 @@ from longclip.evaluate import metrics
 from longclip.evaluate.classes import Classification
 from longclip.evaluate.embed import Embedder
 from longclip.evaluate.readers import Labelled
+from longclip.run.evaluations import Scored
 
 CONVENTION = "ties = misses"
 SCALE = 100.0
@@ -37,8 +38,8 @@ NAMED = 20
 Arrays = dict[str, NDArray[Any]]
 
 
-def classify(embedder: Embedder, task: Classification, found: Labelled) -> tuple[dict[str, Any], Arrays]:
-    """The task's record and what it holds for each image, in the dataset's order; the same on any number of ranks.
+def classify(embedder: Embedder, task: Classification, found: Labelled) -> Scored:
+    """Metrics, and what came of each image, in the dataset's order; the same on any number of ranks.
 
     Arrays: ``correct`` [N] int8 (1, 0, or -1 for an image that could not be read), ``label`` and ``predicted`` [N]
     int32. With several labels instead ``scores`` [N, L] fp32 (NaN where unread) and ``label`` [N, L] int8.
@@ -68,7 +69,7 @@ def classify(embedder: Embedder, task: Classification, found: Labelled) -> tuple
         scores, arrays = _several_labels(embedder, task, found, image_ND, usable)
     else:
         scores, arrays = _one_of_the_classes(embedder, task, found, image_ND, usable)
-    record = {
+    facts = {
         "kind": "classification",
         "data": found.hash,
         "images": int(usable.sum()),
@@ -77,7 +78,7 @@ def classify(embedder: Embedder, task: Classification, found: Labelled) -> tuple
         "convention": CONVENTION,
         "metrics": scores,
     }
-    return record, arrays
+    return Scored(facts, arrays)
 
 
 def _one_of_the_classes(

@@ -39,7 +39,7 @@ def read(task: Classification, data: Path, labels: Path | None) -> Labelled:
         if int(np.prod(form)) * kind.itemsize > MOST_LABELS:
             raise UserError(f"{data}: {answers} is {list(form)}, more than is read")
         with archive.open(f"{answers}.npy") as file:
-            numbers = npy.read_array(file, allow_pickle=False).reshape(form[0], -1)
+            numbers = npy.read_array(file, allow_pickle=False).reshape(form[0], *(form[1:] or (1,)))
     check_labels(f"{data}: {answers}", numbers, task)
     rows = Labels(task)
     for row, values in enumerate(numbers):
