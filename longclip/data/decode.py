@@ -11,7 +11,7 @@ import io
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from longclip.data.shards import IMAGE_FORMATS, MAX_PIXELS
@@ -43,6 +43,8 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
             image = opened.convert("RGB")
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # whose message holds an address in memory
+        raise ValueError(f"not a readable image (of none of the formats {', '.join(IMAGE_FORMATS)})") from None
     except Exception as error:  # the bytes are in memory, so this is the image's fault; decoders raise nearly anything
         raise ValueError(f"not a readable image ({error})") from None
     if factor == 1:

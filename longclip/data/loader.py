@@ -8,8 +8,9 @@ its place and is masked; a disk that cannot be read is tried again, then fails.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer
 from longclip.model.packing import Packed, pack
 from longclip.model.towers import Pixels
+
+T = TypeVar("T")
 
 RETRIES = 3
 """times that a failed read is tried again before the attempt fails; the wait doubles from one second"""
@@ -47,6 +50,8 @@ class Batch:
     """tokens that the tower sees"""
     tokens_cut: int
     """tokens that the window cut off"""
+    full: tuple[int, ...] = ()
+    """length of each caption in tokens, before it was cut"""
 
     def images(self, device: torch.device) -> Tensor:
         """[b, 3, size, size] fp32 on ``device``, normalised; the channels lie innermost in memory."""
@@ -98,15 +103,21 @@ class Reader:
                 bad.append(f"{sample.key}: {error}")
         ids, lengths = self.tokenizer(texts)
         kept = sum(map(len, ids))
-        return Batch(torch.from_numpy(images), self.pixels, pack(ids), valid, tuple(bad), kept, sum(lengths) - kept)
+        cut_off = sum(lengths) - kept
+        return Batch(torch.from_numpy(images), self.pixels, pack(ids), valid, tuple(bad), kept, cut_off, tuple(lengths))
 
     def _read(self, shard: int, index: int) -> Sample:
-        for wait in range(RETRIES):
-            try:
-                return self.dataset.read(shard, index)
-            except OSError:
-                time.sleep(2.0**wait)
-        return self.dataset.read(shard, index)
+        return patiently(lambda: self.dataset.read(shard, index))
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What ``read`` returns; where the disk fails it is asked again, a few times."""
+    for wait in range(RETRIES):
+        try:
+            return read()
+        except OSError:
+            time.sleep(2.0**wait)
+    return read()
 
 
 class _Steps(TorchDataset[Batch]):

@@ -91,6 +91,13 @@ class Embedder:
 
         return self._dealt(len(texts), chunk)[0]
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has in full, special ones included."""
+        size = self.ranks.size
+        mine = self.tokenizer(texts[self.ranks.rank :: size])[1] if len(texts) > self.ranks.rank else []
+        parts = self.ranks.gather(mine)
+        return [parts[i % size][i // size] for i in range(len(texts))]
+
     def _dealt(self, count: int, chunk: Callable[[range], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """``chunk`` of each span of ``batch``, spans dealt in turn: features [count, D] and flags [count] of all."""
         starts = range(0, count, self.batch)

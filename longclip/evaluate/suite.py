@@ -30,6 +30,8 @@ VERSION = 1
 """counts the changes of code after which the same suite gives other figures: part of its hash"""
 KEPT = (16, 32, 64, 77, 128, 154, 192, 256, 384, 512)
 """tokens that the probe ``kept`` leaves of a caption, as far as the model's own window goes"""
+LEAST = 4
+"""tokens of a window, as of ``model.context_length``"""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 Probe = Literal["kept", "shuffled", "first"]
@@ -44,7 +46,7 @@ class Retrieval(Section):
     path in the folder and a caption a row, any number of rows an image"""
     text: str | None = None
     """of shards: as ``data.text`` of an experiment; by default the model's own, else ``txt``"""
-    windows: Annotated[tuple[Literal["own"] | Annotated[int, Field(ge=4)], ...], Field(strict=False)] = ("own",)
+    windows: Annotated[tuple[str | int, ...], Field(strict=False)] = ("own",)
     """where captions are cut; each model's own always counts"""
     strata: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = ()
     """bounds of caption length in tokens: queries up to the first, up to the second, ..., and beyond the last"""
@@ -54,6 +56,8 @@ class Retrieval(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Retrieval:
+        if wrong := [w for w in self.windows if w != "own" and (isinstance(w, str) or w < LEAST)]:
+            raise bad("windows", f"hold {wrong[0]!r}; valid is own, or a number of tokens from {LEAST}")
         if list(self.strata) != sorted(set(self.strata)):
             raise bad("strata", f"are {list(self.strata)}; valid are bounds that rise")
         if self.text is not None:
@@ -100,15 +104,11 @@ def read_suite(file: Path) -> Suite:
         raise UserError(f"no such suite: {file}", "experiments/suites/ has some; a suite is a YAML file with tasks:")
     suite = read_as(Suite, file, name=file.stem)
     beside = file.absolute().parent
-    return suite.model_copy(update={"tasks": {name: _at(beside, task) for name, task in suite.tasks.items()}})
-
-
-def _at(folder: Path, task: Task) -> Task:
-    """With its paths relative to the suite's folder."""
-    paths = {"data": _beside(folder, task.data)}
-    if isinstance(task, Classification) and task.labels is not None:
-        paths["labels"] = _beside(folder, task.labels)
-    return task.model_copy(update=paths)
+    tasks = {}
+    for name, task in suite.tasks.items():
+        paths = {key: path for key in ("data", "labels") if isinstance(path := getattr(task, key, None), str)}
+        tasks[name] = task.model_copy(update={key: _beside(beside, path) for key, path in paths.items()})
+    return suite.model_copy(update={"tasks": tasks})
 
 
 def _beside(folder: Path, data: str) -> str:
@@ -124,7 +124,7 @@ class Resolved:
     data: Mapping[str, str]
     """hash of the content of each task's data, wherever it lies"""
     paths: Mapping[str, str]
-    """where it lies here"""
+    """where it lies here; ``<task>.labels`` where its labels have a file of their own"""
 
     @property
     def name(self) -> str:
@@ -141,13 +141,24 @@ class Resolved:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def as_record(self) -> dict[str, Any]:
+        """All but the paths, which stand with those of the model: see :meth:`named_paths`."""
         return {
             "suite": self.suite.model_dump(mode="json", exclude_defaults=True),
             "hash": self.hash,
             "data": dict(self.data),
-            "paths": dict(self.paths),
         }
 
+    def named_paths(self) -> dict[str, str]:
+        """``evaluate.suites.<suite>.<task>`` -> path"""
+        return {f"{_KEY}.{self.name}.{task}": path for task, path in self.paths.items()}
+
     @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> Resolved:
-        return cls(Suite.model_validate(record["suite"]), dict(record["data"]), dict(record["paths"]))
+    def of_record(cls, record: Mapping[str, Any], paths: Mapping[str, str]) -> Resolved:
+        """``paths`` holds :meth:`named_paths`, and perhaps others."""
+        suite = Suite.model_validate(record["suite"])
+        start = f"{_KEY}.{suite.name}."
+        own = {key.removeprefix(start): path for key, path in paths.items() if key.startswith(start)}
+        return cls(suite, dict(record["data"]), own)
+
+
+_KEY = "evaluate.suites"

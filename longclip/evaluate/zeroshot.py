@@ -58,7 +58,8 @@ def classify(embedder: Embedder, task: Classification, found: Labelled) -> Score
             raise
 
     image_ND, usable_N = embedder.images(len(found), picture)
-    broken = {i: reason for part in embedder.ranks.gather(why) for i, reason in part.items()}
+    ranks = embedder.ranks
+    broken = {i: said for part in ([why] if ranks.size == 1 else ranks.gather(why)) for i, said in part.items()}
     left_out = [*found.left_out, *(f"{found.keys[i]}: {broken[i]}" for i in sorted(broken))]
     if not bool(usable_N.any()):
         raise UserError(f"none of the {len(found)} images can be read; {left_out[-1]}")
@@ -154,8 +155,10 @@ def cosines(image_ND: Tensor, text_CD: Tensor) -> NDArray[np.float32]:
 
 def _log_odds(scores_NC: NDArray[np.float32]) -> NDArray[np.float64]:
     """log(p / (1 - p)) of p = softmax(SCALE x cosine): the order of the shares p, without their rounding to 0 and 1."""
-    scaled = SCALE * scores_NC.astype(np.float64)
-    odds = np.empty_like(scaled)
-    for c in range(scaled.shape[1]):
-        odds[:, c] = scaled[:, c] - np.logaddexp.reduce(np.delete(scaled, c, axis=1), axis=1)
+    exact = scores_NC.astype(np.float64)
+    odds = np.empty_like(exact)
+    for c in range(exact.shape[1]):
+        # Of differences, so that images of which no class is told apart have the same odds to the last bit.
+        others = np.delete(exact, c, axis=1) - exact[:, c : c + 1]
+        odds[:, c] = -np.logaddexp.reduce(SCALE * others, axis=1)
     return odds
