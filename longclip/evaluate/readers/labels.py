@@ -69,7 +69,7 @@ class Labels:
         Raises UserError, which begins with ``where``, for a label that is none of the classes.
         """
         if self.candidates is not None:
-            if candidates is None and values[0] is None:
+            if not candidates and values[0] is None:
                 self.left_out.append(f"{key}: no question")
                 return
             texts = self._texts(candidates, where)
