@@ -35,6 +35,10 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
             whole = opened.size
             if whole[0] * whole[1] > MAX_PIXELS:
                 raise ValueError(f"more than {MAX_PIXELS // 10**6} MPixel")
+            if opened.mode[0] in "IF":  # Pillow would clip to 0..255: a radiograph of 12 bits turns white
+                raise ValueError(
+                    f"more than 8 bits a pixel (mode {opened.mode}); save it with 8, in the window you mean"
+                )
             box = _box(*whole, crop)
             factor = 1 if crop is None else _factor(opened, box, size)
             if factor > 1:
