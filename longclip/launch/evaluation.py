@@ -267,20 +267,21 @@ def here(decide: Callable[[], list[Unit]]) -> list[Unit]:
     units: list[Unit] = []
     failure: LongclipError | None = None
     told: list[dict[str, Any]] | None = None
-    if ranks.rank == 0:  # one rank decides: another would already see the records that this one writes
-        try:
-            units = decide()
-            prepare(units)
-            told = [unit.spec for unit in units]
-        except LongclipError as error:
-            failure = error
-    told = ranks.tell(told)
-    if told is None:
+    try:
+        if ranks.rank == 0:  # one rank decides: another would already see the records that this one writes
+            try:
+                units = decide()
+                prepare(units)
+                told = [unit.spec for unit in units]
+            except LongclipError as error:
+                failure = error
+        told = ranks.tell(told)
+        if told is None:
+            raise failure or UserError("rank 0 could not begin; its message says why")
+        for spec in told:
+            list(evaluator.score_unit(spec, ranks))
+    finally:
         processes.stop()
-        raise failure or UserError("rank 0 could not begin; its message says why")
-    for spec in told:
-        list(evaluator.score_unit(spec, ranks))
-    processes.stop()
     return units
 
 

@@ -55,10 +55,11 @@ def describe(folder: Path, source: str) -> External:
     """Raises UserError where the folder holds no model of the known forms."""
     if (folder / HEADS).is_file():
         spec, loss = _towers(folder)
-        with (folder / HEADS).open("rb") as f:
-            parts = [hashlib.file_digest(f, "sha256").hexdigest()]
-        parts += [hash_folder(folder / side) for side in ("image", "text")]
-        return External(folder, source, "towers", spec, loss, hashlib.sha256(" ".join(parts).encode()).hexdigest())
+        digest = hashlib.sha256("".join(hash_folder(folder / side) for side in ("image", "text")).encode())
+        header, tensors = _heads(folder / HEADS)
+        digest.update(json.dumps(header, sort_keys=True).encode())  # which safetensors writes in any order
+        digest.update(tensors)
+        return External(folder, source, "towers", spec, loss, digest.hexdigest())
     config = _json(folder / "config.json")
     if config.get("model_type") != "clip":
         kind = config.get("model_type", "nothing known")
@@ -78,7 +79,7 @@ def describe(folder: Path, source: str) -> External:
 
 
 def _towers(folder: Path) -> tuple[Model, str]:
-    header = _header(folder / HEADS)
+    header, _ = _heads(folder / HEADS)
     said = header.pop("__metadata__", {})
     if missing := [key for key in ("image_pool", "text_pool") if key not in said]:
         raise UserError(
@@ -113,14 +114,14 @@ def _json(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: its length as 8 bytes, little end first, then JSON."""
-    with file.open("rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        if size > 2**20:
-            raise UserError(f"{file} is no safetensors file of heads")
-        try:
-            found: dict[str, Any] = json.loads(f.read(size))
-        except ValueError:
-            raise UserError(f"{file} is no safetensors file") from None
-    return found
+def _heads(file: Path) -> tuple[dict[str, Any], bytes]:
+    """Header and tensors of a safetensors file: the header's length as 8 bytes, little end first, JSON, the rest."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    try:
+        header = json.loads(data[8:end]) if end <= len(data) else None
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise UserError(f"{file} is no safetensors file")
+    return header, data[end:]
