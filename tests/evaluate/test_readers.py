@@ -61,6 +61,14 @@ def test_the_hash_tells_states_of_the_data_apart(reader: str, tmp_path: Path) ->
     assert read("e", LABELS, classes=turned) != read("f", LABELS), "the order of classes says what numbers mean"
 
 
+def test_other_pixels_in_an_npz_of_the_same_size(tmp_path: Path) -> None:
+    hashes = set()
+    for images in (IMAGES, IMAGES[:, ::-1], IMAGES):
+        np.savez(tmp_path / "m.npz", test_images=np.ascontiguousarray(images), test_labels=LABELS[:, None])
+        hashes.add(open_labelled(task("medmnist"), tmp_path / "m.npz").hash)
+    assert len(hashes) == 2
+
+
 @pytest.mark.parametrize("shape", [(28, 28), (64, 64, 3), (28, 28, 1)])
 def test_grey_and_colour_arrays(shape: tuple[int, ...], tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, *shape), dtype=np.uint8)
