@@ -95,7 +95,8 @@ def average_precision(positive_N: NDArray[np.bool_], scores_N: Floats) -> float:
         return float("nan")
     scores = _nan_is_wrong(positive, scores_N)
     order = np.argsort(-scores, kind="stable")
-    last_of_tie = np.append(np.flatnonzero(np.diff(scores[order]) != 0), len(scores) - 1)
+    down = scores[order]
+    last_of_tie = np.append(np.flatnonzero(down[1:] != down[:-1]), len(down) - 1)
     found = np.cumsum(positive[order])[last_of_tie]
     precision = found / (last_of_tie + 1)
     return float((np.diff(found, prepend=0) * precision).sum() / positive.sum())

@@ -57,4 +57,4 @@ def score(embedder: Embedder, resolved: Resolved, file: Path, about: Mapping[str
 def _task(embedder: Embedder, task: Task, path: str, labels: str | None) -> Scored:
     if isinstance(task, Retrieval):
         return retrieve(embedder, task, open_gallery(path, task.text or "txt"))
-    return Scored(*classify(embedder, task, open_labelled(task, path, labels)))
+    return classify(embedder, task, open_labelled(task, path, labels))

@@ -22,6 +22,7 @@ from longclip.evaluate import metrics
 from longclip.evaluate.classes import Classification
 from longclip.evaluate.embed import Embedder
 from longclip.evaluate.readers import Labelled
+from longclip.run.evaluations import Scored
 
 CONVENTION = "ties = misses"
 SCALE = 100.0
@@ -37,8 +38,8 @@ NAMED = 20
 Arrays = dict[str, NDArray[Any]]
 
 
-def classify(embedder: Embedder, task: Classification, found: Labelled) -> tuple[dict[str, Any], Arrays]:
-    """The task's record and what it holds for each image, in the dataset's order; the same on any number of ranks.
+def classify(embedder: Embedder, task: Classification, found: Labelled) -> Scored:
+    """Metrics, and what came of each image, in the dataset's order; the same on any number of ranks.
 
     Arrays: ``correct`` [N] int8 (1, 0, or -1 for an image that could not be read), ``label`` and ``predicted`` [N]
     int32. With several labels instead ``scores`` [N, L] fp32 (NaN where unread) and ``label`` [N, L] int8.
@@ -57,7 +58,8 @@ def classify(embedder: Embedder, task: Classification, found: Labelled) -> tuple
             raise
 
     image_ND, usable_N = embedder.images(len(found), picture)
-    broken = {i: reason for part in embedder.ranks.gather(why) for i, reason in part.items()}
+    ranks = embedder.ranks
+    broken = {i: said for part in ([why] if ranks.size == 1 else ranks.gather(why)) for i, said in part.items()}
     left_out = [*found.left_out, *(f"{found.keys[i]}: {broken[i]}" for i in sorted(broken))]
     if not bool(usable_N.any()):
         raise UserError(f"none of the {len(found)} images can be read; {left_out[-1]}")
@@ -68,7 +70,7 @@ def classify(embedder: Embedder, task: Classification, found: Labelled) -> tuple
         scores, arrays = _several_labels(embedder, task, found, image_ND, usable)
     else:
         scores, arrays = _one_of_the_classes(embedder, task, found, image_ND, usable)
-    record = {
+    facts = {
         "kind": "classification",
         "data": found.hash,
         "images": int(usable.sum()),
@@ -77,7 +79,7 @@ def classify(embedder: Embedder, task: Classification, found: Labelled) -> tuple
         "convention": CONVENTION,
         "metrics": scores,
     }
-    return record, arrays
+    return Scored(facts, arrays)
 
 
 def _one_of_the_classes(
@@ -153,8 +155,10 @@ def cosines(image_ND: Tensor, text_CD: Tensor) -> NDArray[np.float32]:
 
 def _log_odds(scores_NC: NDArray[np.float32]) -> NDArray[np.float64]:
     """log(p / (1 - p)) of p = softmax(SCALE x cosine): the order of the shares p, without their rounding to 0 and 1."""
-    scaled = SCALE * scores_NC.astype(np.float64)
-    odds = np.empty_like(scaled)
-    for c in range(scaled.shape[1]):
-        odds[:, c] = scaled[:, c] - np.logaddexp.reduce(np.delete(scaled, c, axis=1), axis=1)
+    exact = scores_NC.astype(np.float64)
+    odds = np.empty_like(exact)
+    for c in range(exact.shape[1]):
+        # Of differences, so that images of which no class is told apart have the same odds to the last bit.
+        others = np.delete(exact, c, axis=1) - exact[:, c : c + 1]
+        odds[:, c] = -np.logaddexp.reduce(SCALE * others, axis=1)
     return odds

@@ -36,7 +36,7 @@ def read(task: Classification, data: Path, labels: Path | None) -> Labelled:
             raise UserError(f"{answers}: {label} is {array.dtype} {list(array.shape)}; valid are {valid}")
         if array.nbytes > MOST_LABELS:
             raise UserError(f"{answers}: {label} is {list(array.shape)}, more than is read")
-        numbers = np.asarray(array[()]).reshape(shape[0], -1)
+        numbers = np.asarray(array[()]).reshape(shape[0], *(rest or [1]))
     check_labels(f"{answers}: {label}", numbers, task)
     rows = Labels(task)
     for row, values in enumerate(numbers):

@@ -38,8 +38,8 @@ class Labelled:
     image: Callable[[int], Picture]
     """reads image i; cheapest asked for in order. Raises ValueError where it is broken, SiteError where the disk is"""
     hash: str
-    """sha256 (hex) over the sizes of the files, keys, labels, and classes or candidates: where it is the same, results
-    pair up image by image"""
+    """sha256 (hex) over keys, labels, classes or candidates, and the files' sizes (of shards their content, of .npz its
+    checksums): where it is the same, results pair up image by image"""
     left_out: tuple[str, ...] = ()
     """rows of the data that ask nothing (neither label nor candidates), and are none of the N"""
 
@@ -69,7 +69,7 @@ class Labels:
         Raises UserError, which begins with ``where``, for a label that is none of the classes.
         """
         if self.candidates is not None:
-            if candidates is None and values[0] is None:
+            if not candidates and values[0] is None:
                 self.left_out.append(f"{key}: no question")
                 return
             texts = self._texts(candidates, where)

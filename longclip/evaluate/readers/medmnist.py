@@ -39,13 +39,14 @@ def read(task: Classification, data: Path, labels: Path | None) -> Labelled:
         if int(np.prod(form)) * kind.itemsize > MOST_LABELS:
             raise UserError(f"{data}: {answers} is {list(form)}, more than is read")
         with archive.open(f"{answers}.npy") as file:
-            numbers = npy.read_array(file, allow_pickle=False).reshape(form[0], -1)
+            sums = [archive.getinfo(f"{name}.npy").CRC for name in (images, answers)]
+            numbers = npy.read_array(file, allow_pickle=False).reshape(form[0], *(form[1:] or (1,)))
     check_labels(f"{data}: {answers}", numbers, task)
     rows = Labels(task)
     for row, values in enumerate(numbers):
         value = values if task.multi_label else values[0]
         rows.add(row, f"{task.split}-{row}", [value], None, f"{data}: {answers}[{row}]")
-    return rows.labelled(Forward(lambda: _stream(data, images)), [data.stat().st_size, images])
+    return rows.labelled(Forward(lambda: _stream(data, images)), sums)
 
 
 def check_pixels(where: str, shape: tuple[int, ...], kind: np.dtype[np.generic]) -> None:

@@ -93,7 +93,8 @@ def _opened(path: Path) -> Iterator[Any]:
     except ImportError:
         raise SiteError(f"reading {path.name} needs pyarrow", 'pip install "longclip[evaluate]"') from None
     try:
-        with ParquetFile(path) as file:
+        # read page by page: by default a whole row group is held, and a file may be a single one
+        with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             yield file
     except (pyarrow.ArrowException, ValueError, OSError) as error:  # a text that is not UTF-8 is a ValueError
         raise UserError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
