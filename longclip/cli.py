@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from longclip import __version__
+from longclip.cli_evaluate import evaluate
 from longclip.cli_pairs import Json, SiteName, data_app, longcap_app
 from longclip.errors import LongclipError, SiteError, UserError
 
@@ -77,9 +78,12 @@ def _options(
 def check(paths: Paths, set_: Sets = None) -> None:
     """Validate experiment files. Needs no Slurm, no data and no network."""
     from longclip import screen
+    from longclip.evaluate.suite import read_suite
     from longclip.experiment.load import load
 
     loaded = load(paths, set_)
+    for file in dict.fromkeys(suite for one in loaded for suite in one.experiment.evaluate.suites):
+        read_suite(Path(file))
     for one in loaded:
         e = one.experiment
         length = f"{e.train.samples:,} samples" if e.train.samples else f"{e.train.epochs:g} epochs"
@@ -409,6 +413,9 @@ def export(
     (run,) = _single(_find(site, runs, target))
     done = write(run, checkpoint, dest or Path(f"{run.name}-{form}"), form)
     print(f"wrote {done.folder} ({done.checkpoint}, {done.samples:,} samples); how to use it: {done.folder}/README.md")
+
+
+app.command()(evaluate)
 
 
 @app.command()

@@ -359,7 +359,9 @@ def _scalar(text: str) -> Any:
 def _resolve_paths(tree: _Tree) -> None:
     for path, value in list(_leaves(tree.values)):
         one_of_several = path[:2] == ("data", "train") and path[3:] == ("name",)
-        if (path in PATHS or one_of_several) and isinstance(value, str) and value.startswith((".", "/", "~")):
+        file = path[:2] == ("evaluate", "suites") and len(path) == 3  # never a name
+        may_be = (path in PATHS or one_of_several) and str(value).startswith((".", "/", "~"))
+        if (may_be or file) and isinstance(value, str):
             origin = tree.origin(path, Path.cwd() / "-")
             folder = origin.file.parent if origin.file else Path.cwd()
             _set_leaf(tree.values, path, os.path.normpath(folder / Path(value).expanduser()))

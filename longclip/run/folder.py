@@ -7,7 +7,7 @@
                                journal.jsonl, ended.json (the verdict), logs/; where it applies cancelled.json,
                                failed-<rank>.json, bad-samples-<rank>.jsonl
         checkpoints/           step-*/, latest (see train/checkpoint.py)
-        evaluations/           scores of checkpoints on test sets
+        evaluations/           scores of checkpoints on the test set and on suites (run/evaluations.py)
         mlflow.json            the MLflow run that stands for this run
         origin.json            whose weights it began with, where not with drawn ones (run/lineage.py)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,19 +16,38 @@ from tests.launch.small import longclip, make_sweep
 CACHES = ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH")
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_home_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
-    """Permissions do not bind root, so the folder is looked at instead: it stays empty, or stays away."""
-    home = tmp_path / "home"
-    if there:
-        home.mkdir()
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Permissions do not bind root; a mount does."""
+    if os.getuid() != 0:
+        folder.chmod(0o555)
+        yield
+        folder.chmod(0o755)
+        return
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("home", ["read-only", "empty", "absent"])
+def test_home_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    place = tmp_path / "home"
+    if home != "absent":
+        place.mkdir()
     for name in CACHES:
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "site.yaml").write_text(f"env: {{HOME: {home}}}\n")
+    (tmp_path / "site.yaml").write_text(f"env: {{HOME: {place}}}\n")
     sweep = make_sweep(tmp_path / "work", (4,))
     words = ("--on", "local", "--site", tmp_path / "site.yaml", "--set", "train.samples=240", "--runs", "runs")
-    assert "all finished" in longclip("submit", sweep, *words, cwd=tmp_path)
-    assert home.exists() is there and (not there or not list(home.iterdir()))
+    with read_only(place) if home == "read-only" else nullcontext():
+        if home == "read-only":
+            with pytest.raises(OSError):
+                (place / "a").write_text("")
+        assert "all finished" in longclip("submit", sweep, *words, cwd=tmp_path)
+    assert place.exists() is (home != "absent") and (home == "absent" or not list(place.iterdir()))
 
 
 def caches(tmp_path: Path, more: str = "", **env: str) -> str:

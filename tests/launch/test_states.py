@@ -11,6 +11,7 @@ from rich.console import Console
 
 from longclip import screen
 from longclip.errors import SiteError, UserError
+from longclip.launch import worker
 from longclip.launch.cancel import cancel_runs
 from longclip.launch.scheduler import Word, Words
 from longclip.launch.status import state_of, statuses
@@ -247,3 +248,27 @@ def test_torn_records_are_no_tracebacks(run: RunFolder) -> None:
     ((status,), _) = statuses([RunFolder(run.path)])
     assert status.samples == 100
     assert len(attempts_of(run)) == 1
+
+
+def test_ranks_of_a_restarted_job_that_do_not_meet(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts as a failure of its own, so that the job is started again, but not for ever."""
+    for name, value in (("EXECUTOR", "slurm"), ("FOLDER", str(run.attempts / "0001/logs"))):
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    for name, value in (("JOB_ID", "101"), ("PROCID", "0"), ("RESTART_COUNT", "1")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(worker, "_attempt", None)
+    claim(run, new_attempt(run).number, "101", {"nodes": ["n1"]})
+    (run.attempts / ".requeued-101").touch()  # our own script did it
+    attempts_of(run)[0].end("timed out", 500)
+    mark = run.attempts / ".again-101"
+    for tries, goes_on in ((2, True), (3, False)):
+        worker.note_failure(run, 1, TimeoutError("only 1 of 2 ranks came"))
+        monkeypatch.setattr(worker, "_attempt", None)
+        assert len(attempts_of(run)) == tries and mark.exists() is goes_on
+        assert (verdict := verdict_of(attempts_of(run)[-1])) is not None
+        assert verdict.kind == "crashed" and "only 1 of 2 ranks came" in verdict.message
+        (run.attempts / ".requeued-101").touch()
+    assert "crashed twice" in str(stays(run))
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    worker.note_failure(run, 1, TimeoutError("only 1 of 2 ranks came"))
+    assert len(attempts_of(run)) == 3, "rank 0 says it for all"
