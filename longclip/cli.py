@@ -334,7 +334,7 @@ def collect(
     from longclip.collect.collect import Options
     from longclip.collect.tables import terminal
 
-    given = Options(tuple(best_over or ()), allow, trim, goal)
+    given = Options(tuple(best_over or ()), allow, trim, goal, command=command.typed(sys.argv[1:]))
     root = None if mlflow else _site(site, runs).runs
     result, found = command.run(targets, dest, given, references, root, mlflow)
     screen.out.print(terminal(result.comparison))

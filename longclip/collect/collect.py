@@ -30,6 +30,8 @@ class Options:
     goal: float | None = None
     """a Recall@1 in [0, 1]: samples and hours to it"""
     references: tuple[Reference, ...] = ()
+    command: str = ""
+    """what was typed, for the report to say"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def collect(
 def write(
     rows: Sequence[Row], out: Path, options: Options | None = None, externals: Sequence[External] = ()
 ) -> Collected:
-    """Writes ``table.{csv,md,tex,json}``, ``curves.{png,svg,pdf}`` and, where captions were cut to see what the rest is
-    worth, ``probe.{png,svg,pdf}`` about ``rows`` to the folder ``out``.
+    """Writes ``table.{csv,md,tex,json}``, ``report.html``, ``curves.{png,svg,pdf}`` and, where captions were cut to see
+    what the rest is worth, ``probe.{png,svg,pdf}`` about ``rows`` to the folder ``out``.
 
     Raises:
         UserError: rows differ in what nobody declared; an option does not fit them.
@@ -62,6 +64,7 @@ def write(
     from longclip.collect import plots
     from longclip.collect.frame import as_json, frame
     from longclip.collect.latex import latex
+    from longclip.collect.report import report
     from longclip.collect.tables import markdown
 
     given = options or Options()
@@ -71,6 +74,7 @@ def write(
         "table.md": markdown(found),
         "table.tex": latex(found),
         "table.json": json.dumps(as_json(found), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
+        "report.html": report(found, given.command),
     }
     figures = {"curves": plots.draw(found), "probe": plots.probe(found)}
     files = [out / name for name in texts]

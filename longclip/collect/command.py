@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +50,11 @@ def run(
     sweeps = list(dict.fromkeys(r.sweep for r in rows)) or [MODELS]
     quoted = read_references(references) if references else _beside(sweeps)
     return write(rows, out or Path("results") / sweeps[0], replace(given, references=tuple(quoted)), externals), runs
+
+
+def typed(words: Sequence[str]) -> str:
+    """The command line, to be typed again; without user and password of a server."""
+    return re.sub(r"//[^/@\s]*@", "//", shlex.join(["longclip", *words]))
 
 
 def wrote(files: Sequence[Path]) -> str:
