@@ -342,9 +342,13 @@ def collect(
         print(f"! {warning}")
     print(command.wrote(result.files))
     if found and not no_sync:
+        from longclip.collect.upload import upload
         from longclip.submission import print_sync
 
-        print_sync(found, _site(site, runs))
+        profile = _site(site, runs)
+        print_sync(found, profile)
+        if sweeps := upload(result, found, profile.tracking_uri):
+            print(f"MLflow: results under {', '.join(sweeps)}")
 
 
 @app.command()

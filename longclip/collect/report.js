@@ -27,11 +27,11 @@ const plots = [...document.querySelectorAll(".plot")];
 for (const plot of plots) {
   const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
   const layout = {
-    ...figure.layout, font, height: 380, autosize: true, margin: {l: 60, r: 10, t: 10, b: 50},
-    paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", legend: {orientation: "h", y: -0.2},
+    ...figure.layout, font, height: 380, autosize: true, margin: {l: 60, r: 10, t: 10, b: 60},
+    paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", legend: {orientation: "h", yanchor: "top", y: -0.2},
   };
   Plotly.newPlot(plot, figure.data, layout, {responsive: true, displaylogo: false, showTips: false});
 }
-const PAGE = 660; // pixels of an A4 page's width within its margins
-addEventListener("beforeprint", () => plots.forEach(p => Plotly.relayout(p, {width: PAGE, height: 320})));
+const COLUMN = 490; // pixels of half an A4 page's width within its margins
+addEventListener("beforeprint", () => plots.forEach(p => Plotly.relayout(p, {width: COLUMN, height: 300})));
 addEventListener("afterprint", () => plots.forEach(p => Plotly.relayout(p, {width: null, height: 380, autosize: true})));

@@ -90,12 +90,12 @@ def together(statuses: Iterable[str]) -> str:
 
 
 def log_results(
-    runs: Sequence[RunFolder], files: Sequence[Path], note: str, summary: Mapping[str, float], uri: str
+    runs: Sequence[RunFolder], files: Sequence[Path], note: str, summary: Mapping[str, Mapping[str, float]], uri: str
 ) -> list[str]:
     """Puts ``files`` and ``note`` (Markdown) under the parent of each sweep all of whose runs are among ``runs``.
 
-    ``summary`` holds metrics of the sweep as a whole. Any number of times: what is there is replaced, and a metric is
-    sent when its value is another.
+    ``summary`` holds metrics of sweeps as a whole, by name. Any number of times: what is there is replaced,
+    and a metric is sent when its value is another.
 
     Returns:
         names of the sweeps that now have the results. Not those of which only some runs were collected, or none was
@@ -119,7 +119,9 @@ def log_results(
             for parent in filter(None, (_recorded(store, sweep, name) for name in names)):
                 with store.holding(sweep) as lease:
                     has = store.client.get_run(parent).data
-                    new = {key_of(k): v for k, v in summary.items() if has.metrics.get(key_of(k)) != v}
+                    new = {
+                        key_of(k): v for k, v in summary.get(sweep.name, {}).items() if has.metrics.get(key_of(k)) != v
+                    }
                     now = ms(time.time())
                     store.client.log_batch(
                         parent,
