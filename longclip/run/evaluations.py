@@ -50,6 +50,23 @@ class Scored:
     """by name, without the task's"""
 
 
+def headline(task: Mapping[str, Any]) -> tuple[str, float] | None:
+    """The metric by which a table shows a classification task, and its value in [0, 1].
+
+    ``accuracy``; ``auc``, the mean over labels, where an image may have several. None where neither is defined.
+    """
+    found = task.get("metrics", {})
+    return next(((name, float(found[name])) for name in ("accuracy", "auc") if name in found), None)
+
+
+def mean_accuracy(record: Mapping[str, Any]) -> float | None:
+    """Mean accuracy over a suite's classification tasks, each counting the same; a task of several labels, which has
+    none, has no part in it. None where no task has one."""
+    tasks = [task for task in record["tasks"].values() if task.get("kind") == "classification"]
+    values = [value for name, value in filter(None, map(headline, tasks)) if name == "accuracy"]
+    return sum(values) / len(values) if values else None
+
+
 def place(folder: Path, suite: str, checkpoint: str) -> Path:
     """The record of a suite on a checkpoint; ``folder`` is a run's ``evaluations/``."""
     return folder / suite / f"{checkpoint}.json"

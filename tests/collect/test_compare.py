@@ -124,6 +124,22 @@ def test_a_missing_seed_and_one_that_failed_leave_the_others_means(tmp_path: Pat
     assert found.lines[2].scores == {} and "ctx512_s2" in markdown(found)
 
 
+def test_runs_that_differ_undeclared_are_not_folded_as_seeds(tmp_path: Path) -> None:
+    runs = [scored_run(tmp_path, w, 0.4, seed) for w in (77, 512) for seed in (0, 1)]
+    odd = scored_run(tmp_path, 77, 0.9, 0, weight_decay=0.1)
+    found = compare(gather([*runs, odd]), allow_differences=True)
+    assert [(x.window, len(x.rows), x.marks) for x in found.lines] == [
+        (77, 2, ()),
+        (77, 1, ("train.weight_decay is 0.1",)),
+        (512, 2, ()),
+    ]
+    assert [x.baseline for x in found.lines] == [None, "ctx77", "ctx77"]
+    assert found.lines[2].deltas["i2t_recall_at_1"].value == pytest.approx(0)
+    # Another name, and the same seed: the same weights twice are no two seeds.
+    twin = finished_run(tmp_path, experiment(512, name="twin", seed=0), {1000: 0.1})
+    assert [len(x.rows) for x in compare(gather([*runs, twin])).lines] == [2, 2, 1]
+
+
 # ---- equal samples, goals ----------------------------------------------------------------------------------------
 
 
@@ -189,6 +205,7 @@ def test_train_window_by_evaluation_window(tmp_path: Path) -> None:
             "far": far,
             "stain": {**kinds, "metrics": {"accuracy": window / 1000}},
             "shape": {**kinds, "metrics": {"accuracy": 0.5}},
+            "labels": {**kinds, "metrics": {"auc": 0.9}},
         }
         suite_record(run, tasks, arrays)
     found = compare(gather(runs))
