@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longclip.collect import command
 from longclip.collect.collect import Options, collect
 from longclip.collect.compare import compare
 from longclip.collect.comparison import Line
 from longclip.collect.gather import gather
 from longclip.collect.plots import draw, probe
 from longclip.collect.references import read_references
-from longclip.collect.scores import external
 from longclip.collect.tables import markdown
 from longclip.errors import ExperimentError, UserError
 from longclip.experiment.sweep import short_name
@@ -254,9 +254,9 @@ def test_models_from_outside_and_figures_from_papers(tmp_path: Path) -> None:
     quotes.write_text(
         "rows:\n- {name: A & B_c, source: 'arXiv 1, table 2', window: 256, metrics: {i2t_recall_at_1: 0.735}}\n"
     )
-    result = collect(
-        runs, tmp_path / "out", Options(references=tuple(read_references(quotes))), externals=[external(folder)]
-    )
+    targets = ["tiny", "models/openai"]
+    result, read = command.run(targets, tmp_path / "out", Options(), quotes, tmp_path)
+    assert {r.path for r in read} == {r.path for r in runs}
     kinds = [(x.kind, x.name, x.task, x.window) for x in result.comparison.lines]
     assert kinds[2:] == [("external", "openai--clip", "test", 77), ("reported", "A & B_c", "test", 256)]
     outside, quoted = result.comparison.lines[2:]
@@ -270,6 +270,19 @@ def test_models_from_outside_and_figures_from_papers(tmp_path: Path) -> None:
         "ctx77_s0",
         "ctx512_s0",
     ]
+
+
+def test_models_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "openai--clip-0123abcd"
+    i2t = ranks(0.3, 9)
+    record = {"suite": "zoo", "checkpoint": "whole", "context_length": 77, "tasks": {"far": retrieval_task(i2t, i2t)}}
+    write(place(folder / "evaluations", "zoo", "whole"), record, {"far/i2t": i2t, "far/t2i": i2t})
+    with pytest.raises(UserError, match="no such model"):
+        command.run(["models/none"], tmp_path / "out", Options(), None, tmp_path)
+    write_json(folder / "model.json", {"source": "openai/clip", "context_length": 77})
+    result, read = command.run(["models"], tmp_path / "out", Options(), None, tmp_path)
+    assert read == [] and [(x.kind, x.task) for x in result.comparison.lines] == [("external", "zoo/far")]
+    assert result.files[1].read_text().startswith("openai--clip: trained by no run here")
 
 
 @pytest.mark.parametrize(
