@@ -163,6 +163,8 @@ def test_trimmed_to_the_least_advanced(tmp_path: Path) -> None:
     assert c512.samples == 600 and c512.state == "unfinished (700/1.0 k)"
     assert "all at 600 samples" in markdown(found).splitlines()[0]
     assert "not evaluated by then, and left out: ctx154_s0" in found.warnings
+    said = "ctx512_s0: shown in curves, left out of means; --trim compares all at 600 samples"
+    assert command.next_step(compare(gather(runs))) == said and command.next_step(found) is None
     drawn = draw(found).axes[0].lines
     assert all(max(line.get_xdata(), default=0) <= 600 for line in drawn if not line.get_label().startswith("best of"))
 
