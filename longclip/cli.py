@@ -338,7 +338,7 @@ def collect(
     root = None if mlflow else _site(site, runs).runs
     result, found = command.run(targets, dest, given, references, root, mlflow)
     screen.out.print(terminal(result.comparison))
-    for warning in result.comparison.warnings:
+    for warning in [*result.comparison.warnings, *filter(None, [command.next_step(result.comparison)])]:
         print(f"! {warning}")
     print(command.wrote(result.files))
     if found and not no_sync:

@@ -69,6 +69,8 @@ def write(
 
     given = options or Options()
     found = compare(rows, externals, given.references, given.best_over, given.allow_differences, given.trim, given.goal)
+    if not found.lines:
+        raise UserError("nothing to collect: no runs, and models without scores", "longclip evaluate MODEL --suite S")
     texts = {
         "table.csv": frame(found).to_csv(index=False),
         "table.md": markdown(found),

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from longclip.collect.collect import Collected, Options, write
+from longclip.collect.comparison import Comparison
 from longclip.collect.gather import gather
+from longclip.collect.progress import last_evaluation
 from longclip.collect.references import Reference, read_references
-from longclip.collect.row import Row
+from longclip.collect.row import Row, count
 from longclip.collect.scores import External, external
 from longclip.errors import UserError
 from longclip.experiment.load import REFERENCES as FILE
@@ -61,6 +63,16 @@ def wrote(files: Sequence[Path]) -> str:
     """``wrote results/demo/{table.csv,table.md,curves.png}``"""
     folder = files[0].parent
     return f"wrote {folder}/{{{','.join(f.name for f in files)}}}"
+
+
+def next_step(comparison: Comparison) -> str | None:
+    """What to type where a run that is not finished could be compared all the same."""
+    late = [x.name for x in comparison.lines if not x.counts and x.best is not None]
+    cut = min((s for r in comparison.rows if (s := last_evaluation(r)) is not None), default=0)
+    if comparison.cut is not None or not late:
+        return None
+    some = ", ".join(late[:3]) + (" ..." if len(late) > 3 else "")
+    return f"{some}: shown in curves, left out of means; --trim compares all at {count(cut)} samples"
 
 
 def _models(root: Path, target: str) -> list[External]:

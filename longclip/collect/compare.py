@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from longclip.collect import intervals
-from longclip.collect.checks import Undeclared, differences, undeclared
+from longclip.collect.arms import Arm, arms_of, best_of, called, choose, fold, mean_of, missing_seeds
+from longclip.collect.checks import differences, undeclared
 from longclip.collect.comparison import MEAN, RECALLS, VAL, Cell, Comparison, Delta, Line
 from longclip.collect.progress import area, at, hours_at, last_evaluation
 from longclip.collect.references import Reference
-from longclip.collect.row import SEED, TEST, WINDOW, Row, Scores, count, reaches, state
+from longclip.collect.row import TEST, Row, Scores, count, reaches, state
 from longclip.collect.scores import External
 from longclip.errors import UserError
-from longclip.experiment.sweep import short_name
 
 
 def compare(
@@ -36,114 +35,18 @@ def compare(
     odd = undeclared(rows)
     if odd and not allow_differences:
         raise UserError("\n".join(map(str, odd)), "--allow-differences collects them all the same, and marks them")
-    arms = _arms(rows)
+    arms = arms_of(rows, odd)
     cut = min((s for r in rows if (s := last_evaluation(r)) is not None), default=None) if trim else None
-    arms, choices = _choose(arms, best_over, cut)
-    lines = [line for arm in arms for line in _lines(arm, arms, odd, cut, goal)]
+    arms, choices = choose(arms, best_over, cut)
+    lines = [line for arm in arms for line in _lines(arm, arms, cut, goal)]
     lines += [line for model in externals for line in _external(model, lines)]
     lines = [_against(line, _baseline(line, lines)) for line in lines]
     lines += [_reported(one) for one in references]
     order = list(dict.fromkeys(line.task for line in lines))
     order.sort(key=lambda task: task not in (TEST, VAL))
     lines.sort(key=lambda line: order.index(line.task))
-    said = [*differences(rows), *_missing_seeds(arms), *_cut_off(rows, cut)]
+    said = [*differences(rows), *missing_seeds(arms), *_cut_off(rows, cut)]
     return Comparison(tuple(rows), tuple(lines), tuple(said), tuple(choices), cut, goal)
-
-
-# ---- arms --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Arm:
-    """Runs of a sweep that differ in their seed only."""
-
-    sweep: str
-    axes: Mapping[str, Any]
-    window: int
-    rows: tuple[Row, ...]
-
-    @property
-    def group(self) -> str:
-        """Equal in every axis but the window."""
-        return repr((self.sweep, sorted(self.axes.items())))
-
-    def done(self, cut: int | None) -> tuple[Row, ...]:
-        """The runs that count: finished ones; at equal samples, all that validation has seen by then."""
-        return tuple(r for r in self.rows if (r.finished if cut is None else last_evaluation(r, cut) is not None))
-
-
-def _arms(rows: Sequence[Row]) -> list[_Arm]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(repr((row.sweep, sorted(_other(row).items()), row.context_length)), []).append(row)
-    arms = [_Arm(r[0].sweep, _other(r[0]), r[0].context_length, tuple(r)) for r in found.values()]
-    first = {arm.group: i for i, arm in reversed(list(enumerate(arms)))}
-    return sorted(arms, key=lambda arm: (first[arm.group], arm.window))
-
-
-def _other(row: Row) -> dict[str, Any]:
-    return {k: v for k, v in row.axes.items() if k not in (WINDOW, SEED)}
-
-
-def _choose(arms: list[_Arm], over: Sequence[str], cut: int | None) -> tuple[list[_Arm], list[str]]:
-    """Of the arms that differ in the axes ``over`` only, the one that validation prefers; and that in words.
-
-    Runs that are not finished stay, for they must be seen.
-    """
-    axes = sorted({k for arm in arms for k in arm.axes})
-    for key in over:
-        if key not in axes:
-            raise UserError(f"--best-over {key}: not a declared axis; valid: {', '.join(axes) or 'none here'}")
-    if not over:
-        return arms, []
-    kept: list[_Arm] = []
-    said: list[str] = []
-    pools: dict[str, list[_Arm]] = {}
-    for arm in arms:
-        rest = {k: v for k, v in arm.axes.items() if k not in over}
-        pools.setdefault(repr((arm.sweep, sorted(rest.items()), arm.window)), []).append(arm)
-    for pool in pools.values():
-        means = {i: best.value for i, arm in enumerate(pool) if (best := _best(arm.done(cut), cut)) is not None}
-        winner = max(means, key=lambda i: means[i], default=None)
-        for i, arm in enumerate(pool):
-            left = tuple(r for r in arm.rows if r not in arm.done(cut))
-            rest = {k: v for k, v in arm.axes.items() if k not in over}
-            if i == winner or left:
-                rows = arm.rows if i == winner else left
-                # The chosen values are no axis any more: windows are compared each at its own best.
-                kept.append(replace(arm, axes=rest, rows=rows))
-        if winner is not None:
-            values = ", ".join(f"{k} {pool[winner].axes.get(k)}" for k in over)
-            tried = ", ".join(
-                f"{'/'.join(str(pool[i].axes.get(k)) for k in over)} {100 * mean:.1f}" for i, mean in means.items()
-            )
-            said.append(f"{_called(pool[winner].done(cut), over)}: {values}, chosen on validation (R@1: {tried})")
-    merged: dict[str, list[_Arm]] = {}
-    for arm in kept:
-        merged.setdefault(repr((arm.group, arm.window)), []).append(arm)
-    whole = [replace(part[0], rows=tuple(r for arm in part for r in arm.rows)) for part in merged.values()]
-    return whole, said
-
-
-def _called(rows: Sequence[Row], without: Sequence[str] = ()) -> str:
-    """The name of runs that differ in their seed only: without it, as without the other axes named."""
-    names = []
-    for row in rows:
-        drop = {short_name(k, row.axes[k]) for k in (SEED, *without) if k in row.axes}
-        drop |= {f"s{row.seed}", f"seed{row.seed}"} if len(rows) > 1 else set()
-        parts = [part for part in row.name.split("_") if part not in drop]
-        names.append("_".join(parts) or row.name)
-    return names[0] if len(set(names)) == 1 else f"{names[0]} ..."
-
-
-def _missing_seeds(arms: Sequence[_Arm]) -> list[str]:
-    found = []
-    for arm in arms:
-        others = {r.seed for a in arms if a.group == arm.group for r in a.rows}
-        if lacking := sorted(others - {r.seed for r in arm.rows}):
-            seeds = ", ".join(map(str, lacking))
-            found.append(f"{_called(arm.rows)}: no run with seed {seeds}, which other windows have")
-    return found
 
 
 def _cut_off(rows: Sequence[Row], cut: int | None) -> list[str]:
@@ -157,15 +60,12 @@ def _cut_off(rows: Sequence[Row], cut: int | None) -> list[str]:
 # ---- lines -------------------------------------------------------------------------------------------------------
 
 
-def _lines(
-    arm: _Arm, arms: Sequence[_Arm], odd: Sequence[Undeclared], cut: int | None, goal: float | None
-) -> Iterable[Line]:
+def _lines(arm: Arm, arms: Sequence[Arm], cut: int | None, goal: float | None) -> Iterable[Line]:
     """One for the runs that count, on each task at each window; one for every other run."""
     done = arm.done(cut)
-    marks = {r.name: tuple(f"{u.field} is {u.value}" for u in odd if u.run == r.name) for r in arm.rows}
     if done:
-        smallest = min((a for a in arms if a.group == arm.group), key=lambda a: a.window)
-        name = _called(done) if len(done) > 1 else done[0].name
+        smallest = next(a for a in arms if a.group == arm.group)
+        name = called(done) if len(done) > 1 else done[0].name
         whole = Line(
             "measured",
             name,
@@ -177,17 +77,17 @@ def _lines(
             done,
             True,
             _state(done, cut),
-            accuracy=_cell([float(np.mean(list(r.accuracy.values()))) for r in done if r.accuracy], len(done)),
-            waste=_mean([r.waste for r in done]),
-            padding_avoided=_mean([r.padding_avoided for r in done]),
-            best=_best(done, cut),
-            area=_cell([a for r in done if (a := area(r, cut)) is not None], len(done)),
-            samples=_mean([min(r.samples, cut) if cut else r.samples for r in done]),
-            test_samples=_mean([r.test_samples for r in done]) if cut is None else None,
+            accuracy=fold([float(np.mean(list(r.accuracy.values()))) for r in done if r.accuracy], len(done)),
+            waste=mean_of([r.waste for r in done]),
+            padding_avoided=mean_of([r.padding_avoided for r in done]),
+            best=best_of(done, cut),
+            area=fold([a for r in done if (a := area(r, cut)) is not None], len(done)),
+            samples=mean_of([min(r.samples, cut) if cut else r.samples for r in done]),
+            test_samples=mean_of([r.test_samples for r in done]) if cut is None else None,
             total=done[0].total,
             hours=sum(r.hours for r in done),
             hours_lost=sum(r.hours_lost for r in done),
-            marks=tuple(dict.fromkeys(m for r in done for m in marks[r.name])),
+            marks=arm.marks,
         )
         whole = _with_goals(whole, smallest.done(cut), cut, goal)
         yield from _by_task(whole) if cut is None else [_at_cut(whole, cut)]
@@ -206,12 +106,12 @@ def _lines(
                 state(row),
                 waste=row.waste,
                 padding_avoided=row.padding_avoided,
-                best=_best((row,), cut),
+                best=best_of((row,), cut),
                 samples=row.samples,
                 total=row.total,
                 hours=row.hours,
                 hours_lost=row.hours_lost,
-                marks=marks[row.name],
+                marks=arm.marks,
             )
 
 
@@ -249,7 +149,7 @@ def _without_training(line: Line, there: Sequence[Scores]) -> Line:
     blank = dict.fromkeys(
         ("best", "area", "samples_to", "hours_to", "samples_to_goal", "hours_to_goal", "hours", "hours_lost")
     )
-    waste = _mean([s.metrics.get("waste") for s in there])
+    waste = mean_of([s.metrics.get("waste") for s in there])
     blank |= dict.fromkeys(("samples", "test_samples", "total", "padding_avoided", "accuracy"))
     state = "same weights" if not line.own or line.task == TEST else ""
     return replace(line, waste=waste, state=state, **blank)  # type: ignore[arg-type]
@@ -291,7 +191,7 @@ def _at_cut(line: Line, cut: int) -> Line:
 
 def _with_goals(line: Line, smallest: Sequence[Row], cut: int | None, goal: float | None) -> Line:
     """How soon each run was as good as the smallest window of its seed ever was, and as the ``goal``."""
-    goals = {r.seed: b.value for r in smallest if (b := _best((r,), cut)) is not None}
+    goals = {r.seed: b.value for r in smallest if (b := best_of((r,), cut)) is not None}
     found: dict[str, list[float]] = {k: [] for k in ("samples_to", "hours_to", "samples_to_goal", "hours_to_goal")}
     for row in line.rows:
         for name, value in (("to", goals.get(row.seed)), ("to_goal", goal)):
@@ -300,30 +200,13 @@ def _with_goals(line: Line, smallest: Sequence[Row], cut: int | None, goal: floa
             if reached is not None:
                 found[f"samples_{name}"].append(reached)
                 found[f"hours_{name}"].append(hours_at(row, reached))
-    return replace(line, **{k: _cell(v, len(line.rows)) for k, v in found.items()})  # type: ignore[arg-type]
-
-
-def _best(rows: Sequence[Row], cut: int | None) -> Cell | None:
-    values = []
-    for row in rows:
-        curve = [v for s, v in row.val if v == v and (cut is None or s <= cut)]
-        values += [max(curve)] if curve else []
-    return _cell(values, len(rows))
-
-
-def _cell(values: Sequence[float], of: int) -> Cell | None:
-    return Cell(float(np.mean(values)), tuple(float(v) for v in values)) if values and of else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else None
+    return replace(line, **{k: fold(v, len(line.rows)) for k, v in found.items()})  # type: ignore[arg-type]
 
 
 def _external(model: External, lines: Sequence[Line]) -> Iterable[Line]:
     """A model from outside on its tasks; what is on the test set of the runs stands among them."""
     tested = {line.data for line in lines if line.task == TEST and line.data}
-    accuracy = _cell([float(np.mean(list(model.accuracy.values())))], 1) if model.accuracy else None
+    accuracy = fold([float(np.mean(list(model.accuracy.values())))], 1) if model.accuracy else None
     places = [(TEST if s.data in tested else s.task, s) for s in model.scores]
     if accuracy and not any(task == TEST for task, _ in places):
         places.insert(0, (TEST, Scores(TEST, "", model.context_length or 0, {}, {})))
@@ -384,6 +267,7 @@ def _baseline(line: Line, lines: Sequence[Line]) -> Line | None:
         group = [x for x in lines if x.kind == "measured" and (x.sweep, x.axes) == (line.sweep, line.axes)]
     smallest = min((x.window for x in group if x.window), default=None)
     found = [x for x in group if x.window == smallest and x.own and x.counts and x.task == line.task]
+    found.sort(key=lambda x: bool(x.marks))
     return found[0] if found and found[0] is not line else None
 
 

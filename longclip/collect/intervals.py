@@ -14,8 +14,8 @@ queries as for 100,000, and nothing is approximated by drawing counts in place o
 
 The gallery is that of the test set, and not resampled. Coverage was measured with both drawn anew
 (tools/bench/coverage.py): a redrawn gallery adds nothing that can be seen where scores are continuous. Where many pairs
-of a test set are doubles of one another, hits come and go together, and these intervals are too narrow; the bench says
-by how much.
+of a test set are doubles of one another, hits come and go together, and these intervals are too narrow: where a third
+of the pairs has a double they hold the truth in 85 to 91 % of cases.
 """
 
 from __future__ import annotations

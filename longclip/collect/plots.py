@@ -60,7 +60,7 @@ def draw(comparison: Comparison) -> Figure:
         _line(ran, validation, _clock(line, validation, Row.ran), label, marked, 100)
         losses = [_thin(_of(row, LOSS, comparison.cut)) for row in line.rows]
         _line(loss, losses, [c.samples.astype(float) for c in losses], label, look, 1)
-    for name, best in _bests(comparison, lines).items():
+    for name, best in _bests(lines).items():
         for panel in (recall, paid, ran):
             panel.axhline(100 * best, color="0.5", linestyle="--", linewidth=1, label=f"best of {name}", zorder=0)
     recall.set(title="Validation: mean of both directions", ylabel="Recall@1 [%]", xlabel="samples seen")
@@ -144,14 +144,13 @@ def _label(line: Line) -> str:
     return f"{line.name} ({', '.join(words)})" if words else line.name
 
 
-def _bests(comparison: Comparison, lines: Sequence[Line]) -> dict[str, float]:
-    """The best of each arm that others are measured against."""
-    windows = {repr((x.sweep, sorted(x.axes.items()))): x for x in reversed(lines) if x.window is not None}
-    for x in lines:
-        key = repr((x.sweep, sorted(x.axes.items())))
-        if (x.window or 0) < (windows[key].window or 0):
-            windows[key] = x
-    return {x.name: x.best.value for x in windows.values() if x.counts and x.best is not None}
+def _bests(lines: Sequence[Line]) -> dict[str, float]:
+    """The best of each arm that others are measured against: the smallest window of its group."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(repr((line.sweep, sorted(line.axes.items()))), []).append(line)
+    smallest = [min(group, key=lambda line: line.window or 0) for group in groups.values()]
+    return {line.name: line.best.value for line in smallest if line.counts and line.best is not None}
 
 
 def _of(row: Row, metric: str, cut: int | None) -> Curve:

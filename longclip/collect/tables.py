@@ -24,6 +24,8 @@ Text = dict[str, str]
 
 def caption(comparison: Comparison) -> str:
     """The convention behind the numbers, in one line."""
+    if not comparison.rows:
+        return f"{', '.join(dict.fromkeys(line.name for line in comparison.lines))}: trained by no run here"
     words = [
         " / ".join(_tests(comparison)) or ("validation" if comparison.cut is not None else "not tested yet"),
         *_conventions(comparison),

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longclip.collect import command
 from longclip.collect.collect import Options, collect
 from longclip.collect.compare import compare
 from longclip.collect.comparison import Line
 from longclip.collect.gather import gather
 from longclip.collect.plots import draw, probe
 from longclip.collect.references import read_references
-from longclip.collect.scores import external
 from longclip.collect.tables import markdown
 from longclip.errors import ExperimentError, UserError
 from longclip.experiment.sweep import short_name
@@ -124,6 +124,22 @@ def test_a_missing_seed_and_one_that_failed_leave_the_others_means(tmp_path: Pat
     assert found.lines[2].scores == {} and "ctx512_s2" in markdown(found)
 
 
+def test_runs_that_differ_undeclared_are_not_folded_as_seeds(tmp_path: Path) -> None:
+    runs = [scored_run(tmp_path, w, 0.4, seed) for w in (77, 512) for seed in (0, 1)]
+    odd = scored_run(tmp_path, 77, 0.9, 0, weight_decay=0.1)
+    found = compare(gather([*runs, odd]), allow_differences=True)
+    assert [(x.window, len(x.rows), x.marks) for x in found.lines] == [
+        (77, 2, ()),
+        (77, 1, ("train.weight_decay is 0.1",)),
+        (512, 2, ()),
+    ]
+    assert [x.baseline for x in found.lines] == [None, "ctx77", "ctx77"]
+    assert found.lines[2].deltas["i2t_recall_at_1"].value == pytest.approx(0)
+    # Another name, and the same seed: the same weights twice are no two seeds.
+    twin = finished_run(tmp_path, experiment(512, name="twin", seed=0), {1000: 0.1})
+    assert [len(x.rows) for x in compare(gather([*runs, twin])).lines] == [2, 2, 1]
+
+
 # ---- equal samples, goals ----------------------------------------------------------------------------------------
 
 
@@ -147,6 +163,8 @@ def test_trimmed_to_the_least_advanced(tmp_path: Path) -> None:
     assert c512.samples == 600 and c512.state == "unfinished (700/1.0 k)"
     assert "all at 600 samples" in markdown(found).splitlines()[0]
     assert "not evaluated by then, and left out: ctx154_s0" in found.warnings
+    said = "ctx512_s0: shown in curves, left out of means; --trim compares all at 600 samples"
+    assert command.next_step(compare(gather(runs))) == said and command.next_step(found) is None
     drawn = draw(found).axes[0].lines
     assert all(max(line.get_xdata(), default=0) <= 600 for line in drawn if not line.get_label().startswith("best of"))
 
@@ -189,6 +207,7 @@ def test_train_window_by_evaluation_window(tmp_path: Path) -> None:
             "far": far,
             "stain": {**kinds, "metrics": {"accuracy": window / 1000}},
             "shape": {**kinds, "metrics": {"accuracy": 0.5}},
+            "labels": {**kinds, "metrics": {"auc": 0.9}},
         }
         suite_record(run, tasks, arrays)
     found = compare(gather(runs))
@@ -237,9 +256,9 @@ def test_models_from_outside_and_figures_from_papers(tmp_path: Path) -> None:
     quotes.write_text(
         "rows:\n- {name: A & B_c, source: 'arXiv 1, table 2', window: 256, metrics: {i2t_recall_at_1: 0.735}}\n"
     )
-    result = collect(
-        runs, tmp_path / "out", Options(references=tuple(read_references(quotes))), externals=[external(folder)]
-    )
+    targets = ["tiny", "models/openai"]
+    result, read = command.run(targets, tmp_path / "out", Options(), quotes, tmp_path)
+    assert {r.path for r in read} == {r.path for r in runs}
     kinds = [(x.kind, x.name, x.task, x.window) for x in result.comparison.lines]
     assert kinds[2:] == [("external", "openai--clip", "test", 77), ("reported", "A & B_c", "test", 256)]
     outside, quoted = result.comparison.lines[2:]
@@ -253,6 +272,19 @@ def test_models_from_outside_and_figures_from_papers(tmp_path: Path) -> None:
         "ctx77_s0",
         "ctx512_s0",
     ]
+
+
+def test_models_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "openai--clip-0123abcd"
+    i2t = ranks(0.3, 9)
+    record = {"suite": "zoo", "checkpoint": "whole", "context_length": 77, "tasks": {"far": retrieval_task(i2t, i2t)}}
+    write(place(folder / "evaluations", "zoo", "whole"), record, {"far/i2t": i2t, "far/t2i": i2t})
+    with pytest.raises(UserError, match="no such model"):
+        command.run(["models/none"], tmp_path / "out", Options(), None, tmp_path)
+    write_json(folder / "model.json", {"source": "openai/clip", "context_length": 77})
+    result, read = command.run(["models"], tmp_path / "out", Options(), None, tmp_path)
+    assert read == [] and [(x.kind, x.task) for x in result.comparison.lines] == [("external", "zoo/far")]
+    assert result.files[1].read_text().startswith("openai--clip: trained by no run here")
 
 
 @pytest.mark.parametrize(

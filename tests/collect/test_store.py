@@ -16,6 +16,7 @@ from longclip.run.folder import RunFolder
 from longclip.track.mlflow import sync
 from tests.collect.planted import scored_run
 from tests.helpers import add_attempt, experiment, finished_run, make_run, save_checkpoint, train
+from tests.launch.small import longclip
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,13 @@ def test_the_two_give_the_same_table(synced: tuple[list[RunFolder], str], option
     files = [write(rows, tmp_path / name, options).files for name, rows in (("a", ours), ("b", theirs))]
     for a, b in zip(*files, strict=True):
         assert a.read_bytes() == b.read_bytes(), a.name
+
+
+def test_the_command_needs_no_run_folder(synced: tuple[list[RunFolder], str], tmp_path: Path) -> None:
+    said = longclip("collect", "tiny", "--mlflow", synced[1], "--out", "table", cwd=tmp_path)
+    assert "ctx154_s0" in said and "MLflow:" not in said, "it reads, and sends nothing"
+    ours = write(gather(synced[0]), tmp_path / "ours").files[0]
+    assert (tmp_path / "table" / "table.csv").read_bytes() == ours.read_bytes()
 
 
 def test_one_run_of_a_sweep(synced: tuple[list[RunFolder], str]) -> None:
