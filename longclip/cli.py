@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from longclip import __version__
+from longclip.cli_evaluate import evaluate
 from longclip.cli_pairs import Json, SiteName, data_app, longcap_app
 from longclip.errors import LongclipError, SiteError, UserError
 
@@ -77,9 +78,12 @@ def _options(
 def check(paths: Paths, set_: Sets = None) -> None:
     """Validate experiment files. Needs no Slurm, no data and no network."""
     from longclip import screen
+    from longclip.evaluate.suite import read_suite
     from longclip.experiment.load import load
 
     loaded = load(paths, set_)
+    for file in dict.fromkeys(suite for one in loaded for suite in one.experiment.evaluate.suites):
+        read_suite(Path(file))
     for one in loaded:
         e = one.experiment
         length = f"{e.train.samples:,} samples" if e.train.samples else f"{e.train.epochs:g} epochs"
@@ -308,27 +312,43 @@ def cancel(
 
 @app.command()
 def collect(
-    targets: Annotated[list[str], typer.Argument(help="Sweeps or runs.")],
+    targets: Annotated[list[str], typer.Argument(help="Sweeps, runs, or models (those evaluated outside any run).")],
     dest: Annotated[Path | None, typer.Option("--out", help="Folder for tables and curves.")] = None,
+    best_over: Annotated[
+        list[str] | None, typer.Option("--best-over", metavar="KEY", help="Axis that validation chooses: train.lr")
+    ] = None,
+    allow: Annotated[bool, typer.Option("--allow-differences", help="Mark undeclared ones; do not refuse.")] = False,
+    trim: Annotated[bool, typer.Option("--trim", help="All at the samples of the least advanced.")] = False,
+    goal: Annotated[
+        float | None, typer.Option("--goal", min=0, max=1, help="Samples and hours to this Recall@1: 0.4")
+    ] = None,
+    references: Annotated[Path | None, typer.Option("--references", help="Figures that papers report.")] = None,
+    mlflow: Annotated[str | None, typer.Option("--mlflow", metavar="URI", help="Read from there, no folders.")] = None,
     no_sync: Annotated[bool, typer.Option("--no-sync", help="Leave MLflow alone.")] = False,
     site: SiteName = None,
     runs: Runs = None,
 ) -> None:
-    """Lay a sweep out side by side: one row a run, curves, CSV and Markdown."""
+    """Lay sweeps out side by side: windows compared, seeds folded, intervals, curves; CSV, Markdown, LaTeX, JSON."""
     from longclip import screen
-    from longclip.collect.tables import collect as collect_runs
+    from longclip.collect import command
+    from longclip.collect.collect import Options
     from longclip.collect.tables import terminal
 
-    found = [run for target in targets for run in _find(site, runs, target)]
-    result = collect_runs(found, dest or Path("results") / found[0].sweep)
-    screen.out.print(terminal(result))
-    for warning in result.warnings:
+    given = Options(tuple(best_over or ()), allow, trim, goal, command=command.typed(sys.argv[1:]))
+    root = None if mlflow else _site(site, runs).runs
+    result, found = command.run(targets, dest, given, references, root, mlflow)
+    screen.out.print(terminal(result.comparison))
+    for warning in [*result.comparison.warnings, *filter(None, [command.next_step(result.comparison)])]:
         print(f"! {warning}")
-    print(f"wrote {', '.join(str(p) for p in result.files)}")
-    if not no_sync:
+    print(command.wrote(result.files))
+    if found and not no_sync:
+        from longclip.collect.upload import upload
         from longclip.submission import print_sync
 
-        print_sync(found, _site(site, runs))
+        profile = _site(site, runs)
+        print_sync(found, profile)
+        if sweeps := upload(result, found, profile.tracking_uri):
+            print(f"MLflow: results under {', '.join(sweeps)}")
 
 
 @app.command()
@@ -397,6 +417,9 @@ def export(
     (run,) = _single(_find(site, runs, target))
     done = write(run, checkpoint, dest or Path(f"{run.name}-{form}"), form)
     print(f"wrote {done.folder} ({done.checkpoint}, {done.samples:,} samples); how to use it: {done.folder}/README.md")
+
+
+app.command()(evaluate)
 
 
 @app.command()

@@ -1,211 +1,276 @@
-"""Rows as a table: in the terminal, as CSV (full precision, shares in [0, 1]) and as Markdown."""
+"""A comparison as tables of text: in the terminal and as Markdown. (As data: frame.py; for a paper: latex.py.)"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from longclip.collect.gather import WINDOW, Row, count, differences, gather, state
-from longclip.errors import SiteError, UserError
-from longclip.run.folder import RunFolder
+from longclip.collect.comparison import KS, SIDES, VAL, Cell, Comparison, Delta, Line
+from longclip.collect.row import TEST, Scores, count
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
     from rich.console import Group
 
-KS = (1, 5, 10)
-MAIN = ("run", "window", "waste", "i2t R@1", "i2t ceiling", "t2i R@1", "t2i ceiling", "state")
-"""columns that the terminal shows, with the goal's, the hours' and the other axes'"""
+MAIN = ("run", "window", "train / eval", "seeds", "waste", "i2t R@1", "i2t ceiling", "t2i R@1", "t2i ceiling")
+"""columns that the terminal shows first; then the other axes, differences, goals and hours, and the state"""
+LEFT = ("run", "state", "differs in", "source")
+INTERVALS = "[low, high]: 95 % over the queries of the test set"
+PAIRED = "differences are paired, query by query"
+SPREAD = "±: standard deviation over seeds"
+
+Text = dict[str, str]
+"""one line by column"""
 
 
-@dataclass(frozen=True)
-class Collected:
-    """What ``collect`` found and wrote."""
-
-    rows: list[Row]
-    warnings: list[str]
-    files: list[Path]
-
-
-def collect(runs: Sequence[RunFolder], out: Path) -> Collected:
-    """Writes ``table.csv``, ``table.md`` and ``curves.png`` about ``runs`` to the folder ``out``.
-
-    Raises:
-        UserError: there are no runs.
-        SiteError: ``out`` cannot be written.
-    """
-    from longclip.collect.plots import curves
-
-    if not runs:
-        raise UserError("nothing to collect: no runs", "longclip status")
-    rows = gather(runs)
-    warnings = differences(rows)
-    files = [out / "table.csv", out / "table.md", out / "curves.png"]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        frame(rows).to_csv(files[0], index=False)
-        files[1].write_text(markdown(rows, warnings), encoding="utf-8")
-        curves(rows, files[2])
-    except OSError as error:
-        raise SiteError(
-            f"{out}: cannot be written: {error.strerror or error}", "choose another folder with --out"
-        ) from None
-    return Collected(rows, warnings, files)
-
-
-def frame(rows: Sequence[Row]) -> DataFrame:
-    """One row a run, values as they are: shares in [0, 1], samples, hours; what is not known is missing."""
-    import pandas as pd
-
-    counts = ("test_samples", "samples_to", "total")
-    return pd.DataFrame([_values(r) for r in rows]).astype(dict.fromkeys(counts, "Int64"))
-
-
-def _values(row: Row) -> dict[str, Any]:
-    recalls = {f"{s}_recall_at_{k}": row.test.get(f"{s}_recall_at_{k}") for s in ("i2t", "t2i") for k in KS}
-    return {
-        "run": row.name,
-        "context_length": row.context_length,
-        **{k: v for k, v in row.axes.items() if k != WINDOW},
-        "waste": row.waste,
-        "padding_avoided": row.padding_avoided,
-        **recalls,
-        "i2t_ceiling": row.ceiling.get("i2t"),
-        "t2i_ceiling": row.ceiling.get("t2i"),
-        "of_ceiling": row.of_ceiling,
-        "best_val_mean_recall_at_1": row.best,
-        "test_samples": row.test_samples,
-        "samples_to": row.samples_to,
-        "samples": row.samples,
-        "total": row.total,
-        "hours": row.hours,
-        "hours_lost": row.hours_lost,
-        "state": state(row),
-        "path": f"{row.run.sweep}/{row.run.name}",
-    }
-
-
-def shown(rows: Sequence[Row]) -> DataFrame:
-    """The same as text: percent and samples with one decimal, nothing where nothing is known; no empty columns."""
-    import pandas as pd
-
-    unit = "GPU-h (lost)" if any(r.on_gpu for r in rows) else "CPU-h (lost)"
-    varied = sorted({k for r in rows for k in r.axes if k != WINDOW})
-    table = []
-    for row, values in zip(rows, frame(rows).to_dict("records"), strict=True):
-        axes = {k: str(row.axes.get(k, "")) for k in varied}
-        scores = {f"{s} R@{k}": _percent(values[f"{s}_recall_at_{k}"]) for s in ("i2t", "t2i") for k in KS}
-        table.append(
-            {
-                "run": values["run"],
-                "window": str(values["context_length"]),
-                **axes,
-                "waste": _percent(values["waste"], "%"),
-                "padding avoided": _percent(values["padding_avoided"], "%"),
-                **scores,
-                "i2t ceiling": _percent(values["i2t_ceiling"]),
-                "t2i ceiling": _percent(values["t2i_ceiling"]),
-                "of ceiling": _percent(values["of_ceiling"], "%"),
-                "best val R@1": _percent(values["best_val_mean_recall_at_1"]),
-                "tested at": _count(values["test_samples"]),
-                _goal(rows): _count(values["samples_to"]),
-                "samples": _count(values["samples"]),
-                unit: f"{_hours(values['hours'])} ({_hours(values['hours_lost'])})",
-                "state": values["state"],
-            }
-        )
-    whole = pd.DataFrame(table)
-    return whole[[c for c in whole.columns if (whole[c] != "").any()]]
-
-
-def caption(rows: Sequence[Row]) -> str:
+def caption(comparison: Comparison) -> str:
     """The convention behind the numbers, in one line."""
-    sets = dict.fromkeys((r.test_set, r.test.get("pairs")) for r in rows if r.test)
-    tests = [name if pairs is None else f"{name}, n = {pairs:,.0f}" for name, pairs in sets]
-    seen = {r.samples for r in rows if r.finished}
-    equal = (
-        "no run has finished"
-        if not seen
-        else "UNEQUAL samples"
-        if len(seen) > 1
-        else f"equal {count(seen.pop())} samples"
-    )
+    if not comparison.rows:
+        return f"{', '.join(dict.fromkeys(line.name for line in comparison.lines))}: trained by no run here"
     words = [
-        " / ".join(tests) or "not tested yet",
-        "one caption an image",
-        "ties = misses",
-        "checkpoint chosen on val",
-        equal,
+        " / ".join(_tests(comparison)) or ("validation" if comparison.cut is not None else "not tested yet"),
+        *_conventions(comparison),
+        "one figure a checkpoint" if comparison.cut is not None else "checkpoint chosen on val",
+        _seen(comparison),
     ]
     return ", ".join(words)
 
 
-def markdown(rows: Sequence[Row], warnings: Sequence[str] = ()) -> str:
-    """The caption, a table with one line a run (the best of the finished ones in bold), and the warnings."""
-    table = shown(rows)
-    bold = _best(rows)
-    lines = [
-        " | ".join(f"**{text}**" if (i, column) in bold else text.replace("|", "\\|") for column, text in line.items())
-        for i, line in enumerate(table.to_dict("records"))
-    ]
-    aligned = ["---" if c in ("run", "state") else "---:" for c in table.columns]
-    parts = [caption(rows), "", *(f"| {x} |" for x in (" | ".join(table.columns), " | ".join(aligned), *lines)), ""]
-    parts += [line for w in warnings for line in (f"> **!** {w}", "")]
+def _tests(comparison: Comparison) -> list[str]:
+    if comparison.cut is not None:
+        return []
+    sets = dict.fromkeys((r.test_set, r.test.get("captions", r.test.get("pairs"))) for r in comparison.rows if r.test)
+    return [name if pairs is None else f"{name}, n = {pairs:,.0f}" for name, pairs in sets]
+
+
+def _conventions(comparison: Comparison) -> list[str]:
+    there = [s for s in _scores(comparison) if s.task == TEST]
+    several = any(s.queries.get("i2t") != s.queries.get("t2i") for s in there)
+    conventions = dict.fromkeys(s.convention for s in there) or {"strict": None}
+    said = {"strict": "ties = misses", "open_clip": "open_clip's convention", "clip_benchmark": "CLIP_benchmark's"}
+    ties = " / ".join(said.get(c, c) for c in conventions)
+    return ["several captions an image" if several else "one caption an image", ties]
+
+
+def _seen(comparison: Comparison) -> str:
+    if comparison.cut is not None:
+        return f"all at {count(comparison.cut)} samples"
+    seen = {r.samples for r in comparison.rows if r.finished}
+    if not seen:
+        return "no run has finished"
+    return "UNEQUAL samples" if len(seen) > 1 else f"equal {count(seen.pop())} samples"
+
+
+def _scores(comparison: Comparison) -> Iterable[Scores]:
+    return (s for r in comparison.rows for s in r.scores)
+
+
+def words(comparison: Comparison) -> str:
+    """What stands in brackets and behind ±, in one line; empty where nothing does."""
+    cells = [c for line in comparison.lines for c in line.scores.values()]
+    deltas = [d for line in comparison.lines for d in line.deltas.values() if d.low is not None]
+    said = [INTERVALS] if deltas or any(c.low is not None for c in cells) else []
+    said += [PAIRED] if deltas else []
+    said += [SPREAD] if any(c.spread is not None for c in cells) else []
+    return "; ".join(said)
+
+
+def heading(comparison: Comparison, task: str) -> str:
+    """Of the table of a task other than the test set."""
+    lines = [line for line in comparison.lines if line.task == task]
+    there = next((s for s in _scores(comparison) if s.task == task), None)
+    counts = dict.fromkeys(there.queries.values()) if there else {}
+    return f"{task}, n = {' / '.join(f'{n:,}' for n in counts)}" if counts else lines[0].called or task
+
+
+def shown(comparison: Comparison, task: str | None = None) -> list[Text]:
+    """Lines of a task (by default the first) as text: percent and samples with one decimal, nothing where nothing is
+    known; no empty columns."""
+    lines = of_task(comparison, task)
+    table = [_text(line, comparison) for line in lines]
+    filled = [c for c in table[0] if any(text[c] for text in table)] if table else []
+    return [{c: text[c] for c in filled} for text in table]
+
+
+def of_task(comparison: Comparison, task: str | None = None) -> list[Line]:
+    task = task or next(iter(comparison.tasks), None)
+    return [line for line in comparison.lines if line.task == task]
+
+
+def _text(line: Line, comparison: Comparison) -> Text:
+    crossed = any(not x.own for x in comparison.lines)
+    window = "" if line.window is None else str(line.window)
+    where = "train / eval" if crossed else "window"
+    unit = "GPU-h" if comparison.on_gpu else "CPU-h"
+    base = _base(comparison)
+    scores = {}
+    for side in SIDES:
+        for k in KS:
+            cell = line.scores.get(f"{side}_recall_at_{k}")
+            scores[f"{side} R@{k}"] = interval(cell) if k == 1 else plain(cell)
+    goal = "" if comparison.goal is None else f"{100 * comparison.goal:g}"
+    return {
+        "run": line.name,
+        where: f"{window} / {line.evaluated or ''}".strip(" /") if crossed else window,
+        "seeds": str(len(line.rows)) if comparison.folded and line.rows else "",
+        **{key: str(line.axes.get(key, "")) for key in comparison.varied},
+        "waste": _percent(line.waste, "%"),
+        "padding avoided": _percent(line.padding_avoided, "%"),
+        **scores,
+        "i2t ceiling": _percent(line.ceiling.get("i2t")),
+        "t2i ceiling": _percent(line.ceiling.get("t2i")),
+        "of ceiling": _percent(line.of_ceiling, "%"),
+        **{f"Δ {side} vs {base}": delta(line.deltas.get(f"{side}_recall_at_1")) for side in SIDES},
+        "zero-shot": plain(line.accuracy),
+        "best val R@1": plain(line.best),
+        "area": plain(line.area),
+        "tested at": _count(line.test_samples),
+        f"samples to {_owner(base)} best": _reached(line.samples_to, line, count),
+        f"{unit} to {_owner(base)} best": _reached(line.hours_to, line, _hours),
+        f"samples to {goal}": _reached(line.samples_to_goal, line, count),
+        f"{unit} to {goal}": _reached(line.hours_to_goal, line, _hours),
+        "samples": _count(line.samples),
+        f"{unit} (lost)": "" if line.hours is None else f"{_hours(line.hours)} ({_hours(line.hours_lost or 0.0)})",
+        "state": line.state,
+        "differs in": "; ".join(line.marks),
+        "source": line.source,
+    }
+
+
+def markdown(comparison: Comparison) -> str:
+    """The caption, a table for each task (the best in bold), and the warnings."""
+    parts = [caption(comparison), *([f"\n{said}"] if (said := words(comparison)) else []), ""]
+    for task in comparison.tasks:
+        if task not in (TEST, VAL):
+            parts += [f"### {_cell(heading(comparison, task))}", ""]
+        table, bold = shown(comparison, task), best(comparison, task)
+        columns = list(table[0])
+        lines = [
+            " | ".join(f"**{text}**" if (i, column) in bold else _cell(text) for column, text in line.items())
+            for i, line in enumerate(table)
+        ]
+        aligned = ["---" if c in LEFT else "---:" for c in columns]
+        parts += [f"| {x} |" for x in (" | ".join(map(_cell, columns)), " | ".join(aligned), *lines)] + [""]
+    parts += [line for said in comparison.choices for line in (said, "")]
+    parts += [line for said in comparison.warnings for line in (f"> **!** {said}", "")]
     return "\n".join(parts)
 
 
-def terminal(result: Collected) -> Group:
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def terminal(comparison: Comparison) -> Group:
     """The caption and the columns that matter most, to be printed by Rich."""
     from rich.console import Group
     from rich.table import Table
-    from rich.text import Text
+    from rich.text import Text as Printed
 
-    texts = shown(result.rows)
-    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
-    extra = [c for c in texts.columns if c == _goal(result.rows) or "." in c or c.endswith("(lost)")]
-    columns = [c for c in (*MAIN[:-1], *extra, MAIN[-1]) if c in texts.columns]
-    for column in columns:
-        left = column in ("run", "state")
-        whole_words = max(len(word) for text in (column, *texts[column]) for word in text.split())
-        table.add_column(column, justify="left" if left else "right", overflow="fold", min_width=whole_words)
-    for row, line in zip(result.rows, texts.to_dict("records"), strict=True):
-        table.add_row(*(Text(line[c]) for c in columns), style=None if row.finished else "yellow")
-    return Group(Text(caption(result.rows)), table)
+    parts: list[Printed | Table] = [Printed(caption(comparison))]
+    for task in comparison.tasks:
+        if task not in (TEST, VAL):
+            parts.append(Printed(f"\n{heading(comparison, task)}"))
+        lines, texts = of_task(comparison, task), shown(comparison, task)
+        table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
+        columns = _columns(list(texts[0]), comparison)
+        for column in columns:
+            longest = max(len(word) for text in (column, *(t[column] for t in texts)) for word in text.split() or [""])
+            justify = "left" if column in LEFT else "right"
+            table.add_column(Printed(column), justify=justify, overflow="fold", min_width=longest)  # type: ignore[arg-type]
+        for line, text in zip(lines, texts, strict=True):
+            style = "yellow" if not line.counts or line.marks else "dim" if line.kind != "measured" else None
+            table.add_row(*(Printed(text[c]) for c in columns), style=style)
+        parts.append(table)
+    if said := words(comparison):
+        parts.append(Printed(said, style="dim"))
+    parts += [Printed(line) for line in comparison.choices]
+    return Group(*parts)
 
 
-def _goal(rows: Sequence[Row]) -> str:
-    """Heading of the samples that a run needed to be as good as the smallest window ever was."""
-    names = {r.baseline for r in rows if r.baseline}
-    return f"samples to {names.pop() if len(names) == 1 else 'smallest window'}'s best"
+def _columns(there: Sequence[str], comparison: Comparison) -> list[str]:
+    """Those that the terminal shows, in its order; all are in the files."""
+    first = [c for c in MAIN if c in there] + [c for c in there if c.startswith("Δ i2t")]
+    at = sum(c in there for c in MAIN[: MAIN.index("waste")])
+    first[at:at] = [c for c in comparison.varied if c in there]
+    later = [c for c in there if c.startswith("samples to ") or c == "zero-shot" or c.endswith("(lost)")]
+    return [*first, *later, *(c for c in ("state", "differs in", "source") if c in there)]
 
 
-def _best(rows: Sequence[Row]) -> set[tuple[int, str]]:
-    """Cells (row, column as shown) with the best value among finished rows, where there is a choice."""
-    values = frame(rows)
-    highest = {f"{s} R@{k}": f"{s}_recall_at_{k}" for s in ("i2t", "t2i") for k in KS} | {"of ceiling": "of_ceiling"}
-    best: set[tuple[int, str]] = set()
-    for column, key, choose in (*((c, k, max) for c, k in highest.items()), (_goal(rows), "samples_to", min)):
-        numbers = {i: float(v) for i, v in enumerate(values[key]) if rows[i].finished and not _missing(v)}
+def best(comparison: Comparison, task: str | None = None) -> set[tuple[int, str]]:
+    """Cells (line of the task, column as shown) with the best measured value, where there is a choice."""
+    lines = of_task(comparison, task)
+    base = _base(comparison)
+    values: dict[str, Mapping[int, float]] = {}
+    ours = {i: line for i, line in enumerate(lines) if line.counts and line.kind != "reported"}
+    for side in SIDES:
+        for k in KS:
+            values[f"{side} R@{k}"] = {
+                i: c.value for i, x in ours.items() if (c := x.scores.get(f"{side}_recall_at_{k}"))
+            }
+    values["of ceiling"] = {i: v for i, x in ours.items() if (v := x.of_ceiling) is not None}
+    values["zero-shot"] = {i: x.accuracy.value for i, x in ours.items() if x.accuracy}
+    soon = f"samples to {_owner(base)} best"
+    values[soon] = {i: c.value for i, x in ours.items() if (c := x.samples_to) and len(c.by_seed) == len(x.rows)}
+    found = set()
+    for column, numbers in values.items():
         if len(set(numbers.values())) > 1:
-            top = choose(numbers.values())
-            best |= {(i, column) for i, v in numbers.items() if v == top}
-    return best
+            top = (min if column == soon else max)(numbers.values())
+            found |= {(i, column) for i, v in numbers.items() if v == top}
+    return found
 
 
-def _percent(value: Any, sign: str = "") -> str:
-    return "" if _missing(value) else f"{100 * value:.1f}{sign}"
+def _base(comparison: Comparison) -> str:
+    """What differences are to and goals are of, in words: the arm with the smallest window."""
+    names = set(comparison.baselines) or {r.baseline for r in comparison.rows if r.baseline}
+    if len(names) == 1:
+        return str(names.pop())
+    windows = {x.window for x in comparison.lines if x.name in names} | {
+        r.context_length for r in comparison.rows if r.name in names
+    }
+    return str(windows.pop()) if len(windows) == 1 else "smallest window"
 
 
-def _count(value: Any) -> str:
-    return "" if _missing(value) else count(value)
+def _owner(base: str) -> str:
+    return f"{base}'s"
 
 
-def _missing(value: Any) -> bool:
-    import pandas as pd
+def interval(cell: Cell | None) -> str:
+    """``47.2 [44.1, 50.3]``; of several seeds ``47.2 ± 0.7``."""
+    if cell is None or cell.spread is not None or cell.low is None or cell.high is None:
+        return plain(cell)
+    return f"{_percent(cell.value)} [{_percent(cell.low)}, {_percent(cell.high)}]"
 
-    return bool(pd.isna(value))
+
+def plain(cell: Cell | None) -> str:
+    """``47.2``; of several seeds ``47.2 ± 0.7``."""
+    if cell is None:
+        return ""
+    return _percent(cell.value) + ("" if cell.spread is None else f" ± {_percent(cell.spread)}")
+
+
+def delta(difference: Delta | None) -> str:
+    """``+1.8 [+1.1, +2.5]``"""
+    if difference is None:
+        return ""
+    signed = f"{100 * difference.value:+.1f}"
+    if difference.low is None or difference.high is None:
+        return signed
+    return f"{signed} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+
+
+def _reached(cell: Cell | None, line: Line, form: object) -> str:
+    """``12.7 k``; ``12.7 k (2 of 3)`` where not every seed got there."""
+    if cell is None:
+        return ""
+    told = str(form(cell.value))  # type: ignore[operator]
+    return told if len(cell.by_seed) == len(line.rows) else f"{told} ({len(cell.by_seed)} of {len(line.rows)})"
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "" if value is None or value != value else f"{100 * value:.1f}{sign}"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else count(value)
 
 
 def _hours(value: float) -> str:

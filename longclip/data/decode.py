@@ -11,7 +11,7 @@ import io
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from longclip.data.shards import IMAGE_FORMATS, MAX_PIXELS
@@ -35,6 +35,10 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
             whole = opened.size
             if whole[0] * whole[1] > MAX_PIXELS:
                 raise ValueError(f"more than {MAX_PIXELS // 10**6} MPixel")
+            if opened.mode[0] in "IF":  # Pillow would clip to 0..255: a radiograph of 12 bits turns white
+                raise ValueError(
+                    f"more than 8 bits a pixel (mode {opened.mode}); save it with 8, in the window you mean"
+                )
             box = _box(*whole, crop)
             factor = 1 if crop is None else _factor(opened, box, size)
             if factor > 1:
@@ -43,6 +47,8 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
             image = opened.convert("RGB")
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # whose message holds an address in memory
+        raise ValueError(f"not a readable image (of none of the formats {', '.join(IMAGE_FORMATS)})") from None
     except Exception as error:  # the bytes are in memory, so this is the image's fault; decoders raise nearly anything
         raise ValueError(f"not a readable image ({error})") from None
     if factor == 1:
@@ -52,6 +58,13 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
     part = torch.from_numpy(np.asarray(image)[None, top:bottom, left:right].copy())
     resized = interpolate(part.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)
     return resized.permute(0, 2, 3, 1)[0].numpy()
+
+
+def square_of(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """As :func:`square` without a crop, of pixels: grey [h, w] or [h, w, 1], RGB [h, w, 3]."""
+    grey = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    image = Image.fromarray(np.ascontiguousarray(grey)).convert("RGB")
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=_box(*image.size, None)))
 
 
 def _box(width: int, height: int, crop: tuple[float, ...] | None) -> tuple[float, float, float, float]:

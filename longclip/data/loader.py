@@ -8,8 +8,9 @@ its place and is masked; a disk that cannot be read is tried again, then fails.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer
 from longclip.model.packing import Packed, pack
 from longclip.model.towers import Pixels
+
+T = TypeVar("T")
 
 RETRIES = 3
 """times that a failed read is tried again before the attempt fails; the wait doubles from one second"""
@@ -47,19 +50,26 @@ class Batch:
     """tokens that the tower sees"""
     tokens_cut: int
     """tokens that the window cut off"""
+    full: tuple[int, ...] = ()
+    """length of each caption in tokens, before it was cut"""
 
     def images(self, device: torch.device) -> Tensor:
         """[b, 3, size, size] fp32 on ``device``, normalised; the channels lie innermost in memory."""
-        b, height, width, channels = self.pixels.shape
-        rows = self.pixels.to(device).view(b, height, width * channels)
-        # Laid out as a row of pixels, so that the innermost loop is long.
-        mean, std = (torch.tensor(x, device=device).repeat(width) for x in (self.form.mean, self.form.std))
-        out = torch.empty(rows.shape, device=device)
-        # On a CPU one image at a time, which its cache holds through the three passes.
-        step = 1 if device.type == "cpu" else max(1, b)
-        for pixels, normal in zip(torch.split(rows, step), torch.split(out, step), strict=True):
-            torch.div(pixels, 255, out=normal).sub_(mean).div_(std)
-        return out.view(b, height, width, channels).permute(0, 3, 1, 2)
+        return normalised(self.pixels, self.form, device)
+
+
+def normalised(pixels: Tensor, form: Pixels, device: torch.device) -> Tensor:
+    """[b, size, size, 3] uint8 as [b, 3, size, size] fp32 on ``device``; the channels lie innermost in memory."""
+    b, height, width, channels = pixels.shape
+    rows = pixels.to(device).view(b, height, width * channels)
+    # Laid out as a row of pixels, so that the innermost loop is long.
+    mean, std = (torch.tensor(x, device=device).repeat(width) for x in (form.mean, form.std))
+    out = torch.empty(rows.shape, device=device)
+    # On a CPU one image at a time, which its cache holds through the three passes.
+    step = 1 if device.type == "cpu" else max(1, b)
+    for image, normal in zip(torch.split(rows, step), torch.split(out, step), strict=True):
+        torch.div(image, 255, out=normal).sub_(mean).div_(std)
+    return out.view(b, height, width, channels).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -93,15 +103,21 @@ class Reader:
                 bad.append(f"{sample.key}: {error}")
         ids, lengths = self.tokenizer(texts)
         kept = sum(map(len, ids))
-        return Batch(torch.from_numpy(images), self.pixels, pack(ids), valid, tuple(bad), kept, sum(lengths) - kept)
+        cut_off = sum(lengths) - kept
+        return Batch(torch.from_numpy(images), self.pixels, pack(ids), valid, tuple(bad), kept, cut_off, tuple(lengths))
 
     def _read(self, shard: int, index: int) -> Sample:
-        for wait in range(RETRIES):
-            try:
-                return self.dataset.read(shard, index)
-            except OSError:
-                time.sleep(2.0**wait)
-        return self.dataset.read(shard, index)
+        return patiently(lambda: self.dataset.read(shard, index))
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What ``read`` returns; where the disk fails it is asked again, a few times."""
+    for wait in range(RETRIES):
+        try:
+            return read()
+        except OSError:
+            time.sleep(2.0**wait)
+    return read()
 
 
 class _Steps(TorchDataset[Batch]):

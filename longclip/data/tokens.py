@@ -6,6 +6,7 @@ Lengths count what the tokenizer yields, special tokens included, because the wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ class Tokenizer:
         # The window is ours to cut; this silences a warning about texts longer than the tower was trained on.
         self._tokenizer.model_max_length = 10**9
         self.context_length = context_length
+
+    def cut_to(self, window: int) -> Tokenizer:
+        """The same tokenizer with another window."""
+        other = copy(self)
+        other.context_length = window
+        return other
 
     @property
     def vocabulary(self) -> int:

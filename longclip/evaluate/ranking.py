@@ -10,20 +10,13 @@ Published Recall@K figures follow different conventions, which tell models apart
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Convention = Literal["strict", "open_clip", "clip_benchmark"]
-CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
-SAYS = {
-    "strict": "ties = misses",
-    "open_clip": "open_clip's convention: an image's first caption, ties by index",
-    "clip_benchmark": "CLIP_benchmark's convention: any caption of an image, ties by index",
-}
+from longclip.evaluate.conventions import Convention
+
 KS = (1, 5, 10)
 CELLS = 2**26
 """scores held at a time: 256 MiB of them, and a quarter of that for what they are compared to"""
@@ -44,13 +37,18 @@ def match_table(image_of_caption: Tensor, images: int) -> Tensor:
     return table
 
 
+def rows_at_once(gallery: int) -> int:
+    """Queries whose scores are held at a time."""
+    return max(1, CELLS // max(1, gallery))
+
+
 def ranks_of(queries_QD: Tensor, gallery_GD: Tensor, matches_QC: Tensor, convention: Convention = "strict") -> Tensor:
     """How many wrong candidates come before each query's best match, [Q] int64; 0 is a hit at 1.
 
     ``matches_QC`` holds the places in the gallery that are right for a query, -1 where there are fewer: at least one a
     query. The other matches of a query are never counted against it.
     """
-    rows = max(1, CELLS // max(1, len(gallery_GD)))
+    rows = rows_at_once(len(gallery_GD))
     scores_buffer = torch.empty(rows, len(gallery_GD), device=gallery_GD.device)
     found = []
     for queries_bD, matches_bC in zip(torch.split(queries_QD, rows), torch.split(matches_QC, rows), strict=True):
@@ -89,12 +87,20 @@ def both_ways(
 ) -> tuple[Tensor, Tensor]:
     """Ranks of images among captions, [I], and of captions among images, [T]. Without ``image_of_caption`` caption i
     belongs to image i."""
+    i2t, t2i = (ranks_of(*side, convention) for side in sides(image_ID, text_TD, image_of_caption, convention))
+    return i2t, t2i
+
+
+def sides(
+    image_ID: Tensor, text_TD: Tensor, image_of_caption: Tensor | None = None, convention: Convention = "strict"
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Queries, gallery and matches, as :func:`ranks_of` takes them: images among captions, captions among images."""
     owner_T = torch.arange(len(text_TD)) if image_of_caption is None else image_of_caption
     table = match_table(owner_T, len(image_ID)) if len(image_ID) else torch.zeros(0, 1, dtype=torch.long)
     if convention == "open_clip":
         firsts = table[:, 0]
         text_TD, owner_T, table = text_TD[firsts], torch.arange(len(firsts)), torch.arange(len(firsts))[:, None]
-    return ranks_of(image_ID, text_TD, table, convention), ranks_of(text_TD, image_ID, owner_T[:, None], convention)
+    return (image_ID, text_TD, table), (text_TD, image_ID, owner_T[:, None])
 
 
 def summary(ranks_N: Tensor | NDArray[np.integer], direction: str) -> dict[str, float]:

@@ -1,15 +1,20 @@
-"""Retrieval over a dataset of pairs: features by all ranks, then the ranks of the matches (ranking.py)."""
+"""Retrieval on a run's own validation and test data: features by all ranks, then the ranks of the matches (ranking.py).
+
+Suites have their own way (pairs.py), in which the towers run one at a time; here both run at once, as in training.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from longclip.data.loader import Reader, evaluation_batches
 from longclip.evaluate.ranking import both_ways, retrieval
+from longclip.run.evaluations import Scored
 from longclip.run.folder import read_json
 from longclip.train.ranks import Ranks
 
@@ -23,33 +28,50 @@ def evaluate(
     alive: Callable[[], None] = lambda: None,
     first: int | None = None,
 ) -> dict[str, float]:
+    """The scores of :func:`examine`."""
+    return dict(examine(model, module, reader, batch, ranks, alive, first).facts)
+
+
+def examine(
+    model: Callable[..., tuple[Tensor, ...]],
+    module: nn.Module,
+    reader: Reader,
+    batch: int,
+    ranks: Ranks,
+    alive: Callable[[], None] = lambda: None,
+    first: int | None = None,
+) -> Scored:
     """Retrieval over a dataset, features computed by all ranks, the same numbers on any number of them.
 
     ``model`` is what is called (the DeepSpeed engine), ``module`` what is switched to evaluation. Samples that cannot
     be read are left out on all ranks. ``alive`` is called after every batch. All samples, or the ``first`` so many.
-    Also returns ``pairs`` (how many counted) and ``waste`` at this window.
+    Besides the scores there are ``pairs`` (how many counted) and ``waste`` at this window. The arrays are those of a
+    record (run/evaluations.py).
     """
     was_training = module.training
     module.eval()
-    images, texts, kept, lost = [], [], 0, 0
+    images, texts, lengths, kept, lost = [], [], [], 0, 0
     with torch.no_grad():
         for part, count in evaluation_batches(reader, batch, ranks.rank, ranks.size, first):
             image_BD, text_BD, *_ = model(part.images(ranks.device), part.text.to(ranks.device))
             use = part.valid[:count].nonzero()[:, 0].to(ranks.device)
             images.append(image_BD[:count][use].cpu())
             texts.append(text_BD[:count][use].cpu())
+            lengths.append([part.full[i] for i in use.tolist()])
             if count:
                 kept, lost = kept + part.tokens, lost + part.tokens_cut
             alive()
     module.train(was_training)
-    pieces = ranks.gather((images, texts, kept, lost))
+    pieces = ranks.gather((images, texts, kept, lost, lengths))
     # Batches were dealt in turn: laid back in turn, the gallery is in the dataset's order on any number of ranks.
     rounds = len(images)
     image_ND = torch.cat([p[0][i] for i in range(rounds) for p in pieces])
     text_ND = torch.cat([p[1][i] for i in range(rounds) for p in pieces])
+    tokens = [length for i in range(rounds) for p in pieces for length in p[4][i]]
     kept, lost = sum(p[2] for p in pieces), sum(p[3] for p in pieces)
-    scores = retrieval(*both_ways(image_ND, text_ND))
-    return {**scores, "pairs": float(len(image_ND)), "waste": lost / max(1, kept + lost)}
+    i2t, t2i = (found.numpy().astype(np.int32) for found in both_ways(image_ND, text_ND))
+    scores = {**retrieval(i2t, t2i), "pairs": float(len(image_ND)), "waste": lost / max(1, kept + lost)}
+    return Scored(scores, {"i2t": i2t, "t2i": t2i, "tokens": np.array(tokens, dtype=np.int32)})
 
 
 def ceiling(folder: Path, window: int) -> dict[str, float] | None:

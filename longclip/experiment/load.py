@@ -7,7 +7,6 @@ was typed.
 from __future__ import annotations
 
 import difflib
-import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from longclip.errors import ExperimentError, Mistake, UserError
+from longclip.experiment import sweep as sweeps
 from longclip.experiment.explain import Key, explain
 from longclip.experiment.identity import natural
 from longclip.experiment.schema import Experiment
@@ -33,9 +33,11 @@ PATHS: tuple[Key, ...] = (
 )
 """Values that may be paths; a path is taken relative to the file that says it."""
 
+REFERENCES = "references.yaml"
+"""Beside experiments: figures that papers report (collect/references.py); no experiment"""
+
 M = TypeVar("M", bound=BaseModel)
 
-_SHORT = {"context_length": "ctx", "seed": "s", "lr": "lr", "global_batch": "b", "zero_stage": "zero"}
 _ENV = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 SECRET = re.compile(r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|API_?KEY", re.IGNORECASE)
 """Names of environment variables whose values are written nowhere"""
@@ -122,7 +124,8 @@ def _files(paths: list[Path]) -> list[Path]:
     for path in paths:
         if path.is_dir():
             found = sorted(
-                (p for p in path.glob("*.yaml") if not p.name.startswith("_")), key=lambda p: natural(p.name)
+                (p for p in path.glob("*.yaml") if not p.name.startswith("_") and p.name != REFERENCES),
+                key=lambda p: natural(p.name),
             )
             if not found:
                 raise UserError(f"{path}: no experiment in this folder (*.yaml, not starting with _)")
@@ -147,7 +150,7 @@ def _load_file(file: Path, overrides: list[str]) -> list[Loaded]:
         _resolve_paths(tree)
         return [Loaded(_validate(tree, file), file, file.parent.name)]
     return [
-        Loaded(_validate(variant, file), file, file.parent.name, axes) for variant, axes in _grid(tree, sweep, file)
+        Loaded(_validate(variant, file), file, file.parent.name, axes) for variant, axes in _variants(tree, sweep, file)
     ]
 
 
@@ -356,7 +359,9 @@ def _scalar(text: str) -> Any:
 def _resolve_paths(tree: _Tree) -> None:
     for path, value in list(_leaves(tree.values)):
         one_of_several = path[:2] == ("data", "train") and path[3:] == ("name",)
-        if (path in PATHS or one_of_several) and isinstance(value, str) and value.startswith((".", "/", "~")):
+        file = path[:2] == ("evaluate", "suites") and len(path) == 3  # never a name
+        may_be = (path in PATHS or one_of_several) and str(value).startswith((".", "/", "~"))
+        if (may_be or file) and isinstance(value, str):
             origin = tree.origin(path, Path.cwd() / "-")
             folder = origin.file.parent if origin.file else Path.cwd()
             _set_leaf(tree.values, path, os.path.normpath(folder / Path(value).expanduser()))
@@ -365,42 +370,19 @@ def _resolve_paths(tree: _Tree) -> None:
 # ---- sweeps ------------------------------------------------------------------------------------------------------
 
 
-def _grid(tree: _Tree, sweep: Any, file: Path) -> Iterator[tuple[_Tree, dict[str, Any]]]:
-    """One tree per point of ``sweep: {grid: {dotted.key: [values]}}``, named by what varies."""
-    where = str(tree.origin(("sweep",), file))
-    if (
-        not isinstance(sweep, dict)
-        or set(sweep) != {"grid"}
-        or not isinstance(sweep["grid"], dict)
-        or not sweep["grid"]
-    ):
-        raise ExperimentError([Mistake(where, "sweep", "valid is 'grid: {dotted.key: [value, ...], ...}'")])
-    for key, values in sweep["grid"].items():
-        if not isinstance(values, list) or not values:
-            raise ExperimentError([Mistake(where, f"sweep.grid.{key}", "is a list of at least one value")])
+def _variants(tree: _Tree, sweep: Any, file: Path) -> Iterator[tuple[_Tree, dict[str, Any]]]:
+    """One tree per point of ``sweep:`` (experiment/sweep.py), named by what varies."""
+    found = sweeps.points(sweep, lambda key: str(tree.origin(key, file)))
     prefix = tree.values["name"]
     prefix = "" if prefix == file.stem else f"{prefix}_"
-    for point in itertools.product(*sweep["grid"].values()):
-        axes = dict(zip(sweep["grid"], point, strict=True))
+    named = sweeps.names([axes for axes, _ in found], list(sweep.get("grid") or ()))
+    for (axes, places), name in zip(found, named, strict=True):
         variant = _Tree(_copy(tree.values), dict(tree.origins))
         for key, value in axes.items():
-            _put(variant, tuple(key.split(".")), value, tree.origin(("sweep", "grid", key), file))
+            _put(variant, tuple(key.split(".")), _copy(value), tree.origin(("sweep", *places[key]), file))
         _resolve_paths(variant)
-        variant.values["name"] = prefix + "_".join(short_name(k, v) for k, v in axes.items())
+        variant.values["name"] = prefix + name
         yield variant, axes
-
-
-def short_name(key: str, value: Any) -> str:
-    """``("train.lr", 0.0003)`` -> ``lr3e-4``: how an axis shows in a run's name."""
-    last = key.rpartition(".")[2]
-    if isinstance(value, float):
-        plain = f"{value:g}"
-        exponent = re.sub(r"e([-+])0*(\d+)", lambda m: "e" + m[1].replace("+", "") + m[2], f"{value:e}")
-        scientific = re.sub(r"\.?0*e", "e", exponent)
-        text = min(plain, scientific, key=len)
-    else:
-        text = str(value)
-    return _SHORT.get(last, last) + re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-")
 
 
 def _copy(values: Any) -> Any:

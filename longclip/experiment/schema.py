@@ -315,10 +315,12 @@ class Engine(Section):
 
 
 class Evaluate(Section):
-    """Retrieval on the validation set while training; the best checkpoint is chosen by it."""
+    """Retrieval on the validation set while training; the best checkpoint is chosen by it, and scored at the end."""
 
     every: str = "1 epoch"
     batch: Annotated[int, Field(ge=1)] = 256
+    suites: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """files of further tasks (evaluate/suite.py) for the chosen checkpoint, besides the test set"""
 
     @model_validator(mode="after")
     def _every(self) -> Evaluate:

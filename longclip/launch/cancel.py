@@ -19,7 +19,7 @@ from longclip.run.folder import RunFolder, write_json
 def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     """Cancels what is queued or running; ``(run, what was done)`` for each.
 
-    With all runs of a sweep go its canaries and the job that would collect it.
+    With all runs of a sweep go its canaries, the job that would collect it, and those that score its checkpoints.
 
     Raises:
         SiteError: scancel failed; its own words.
@@ -33,9 +33,9 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     for sweep in sorted({run.path.parent.resolve() for run in runs}):
         if {marker.parent for marker in sweep.glob("*/identity.json")} <= {run.path.resolve() for run in runs}:
             # Before the runs: their end would start it.
-            beside = jobs_beside(sweep, "collect", "canary")
+            beside = jobs_beside(sweep, "collect", "canary", "evaluate")
             slurm += beside
-            done += [(sweep.name, f"scancel {job} (collect or canary)") for job in beside]
+            done += [(sweep.name, f"scancel {job} (collect, canary or evaluate)") for job in beside]
     for status in alive:
         run, last = status.run, attempts_of(status.run)[-1]
         write_json(

@@ -47,7 +47,7 @@ def export(run: RunFolder, which: str, folder: Path, form: str) -> Exported:
     except ImportError as error:
         raise SiteError(f"exporting needs longclip[train]: {error}", 'pip install "longclip[train]"') from None
     experiment = run.experiment()
-    paths = _paths(run)
+    paths = paths_of(run)
     spec = localized(experiment.model, paths)
     model = build(spec, experiment.train.seed, loss=experiment.train.loss)
     model.load_state_dict(load_weights(path))
@@ -72,8 +72,11 @@ def export(run: RunFolder, which: str, folder: Path, form: str) -> Exported:
     return Exported(folder, path.name, int(facts["samples"]))
 
 
-def choose(run: RunFolder, which: str) -> Path:
-    """The checkpoint that is meant: ``best`` by validation, as the newest one records it, ``last``, or a step."""
+def choose(run: RunFolder, which: str, also: str = "") -> Path:
+    """The checkpoint that is meant: ``best`` by validation, as the newest one records it, ``last``, or a step.
+
+    ``also`` is what else the command takes, for the message.
+    """
     found = checkpoints.published(run.checkpoints)
     if not found:
         raise UserError(f"{run.name}: has no checkpoint yet", f"longclip status {run.name}")
@@ -87,20 +90,23 @@ def choose(run: RunFolder, which: str) -> Path:
     elif which.isdecimal():
         name = f"step-{int(which):08d}"
     else:
-        raise UserError(f"--checkpoint {which}: valid is best, last, or a step")
+        raise UserError(f"--checkpoint {which}: valid is best, last, {f'{also}, ' if also else ''}or a step")
     if name not in [path.name for path in found]:
         there = ", ".join(path.name for path in found)
         raise UserError(f"{run.name}: has no checkpoint {name} (any more); there are {there}")
     return run.checkpoints / name
 
 
-def _paths(run: RunFolder) -> dict[str, str]:
-    """Where the run's towers, tokenizer and data lay when it was last submitted."""
+def paths_of(run: RunFolder) -> dict[str, str]:
+    """Where the run's towers, tokenizer and data lay when it was last submitted.
+
+    Raises SiteError where a tower or tokenizer is not there any more.
+    """
     submitted = [a.submitted for a in attempts_of(run) if a.submitted is not None]
     paths = dict(submitted[-1].get("paths") or {}) if submitted else {}
     for key, path in paths.items():
         if key.startswith("model.") and not Path(path).is_dir():
-            raise SiteError(f"{run.name}: {key} lay at {path}, which is not here", "export where the run was trained")
+            raise SiteError(f"{run.name}: {key} lay at {path}, which is not here", "do this where the run was trained")
     return paths
 
 

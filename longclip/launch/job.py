@@ -17,7 +17,7 @@ from typing import Any
 import submitit
 
 from longclip.errors import SiteError
-from longclip.experiment.schema import Experiment, parse_time
+from longclip.experiment.schema import Experiment, Slurm, parse_time
 from longclip.launch import restart, worker
 from longclip.launch.plan import Plan
 from longclip.launch.preflight import excluded
@@ -32,36 +32,12 @@ from longclip.run.journal import SAVE_SECONDS, effective, series
 def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: Path) -> dict[str, Any]:
     """The job's submitit parameters; ``code`` is the snapshot that it imports."""
     ask = experiment.slurm
-    cpus = ask.cpus_per_task or site.cpus_per_task
-    parameters: dict[str, Any] = {
+    parameters = {
         "job_name": f"{run.sweep}/{run.name}",
-        "nodes": ask.nodes,
-        "ntasks_per_node": ask.ranks_per_node,
-        "time": parse_time(ask.time),
-        "partition": ask.partition or site.partition,
-        "account": site.account,
-        "qos": site.qos,
-        "cpus_per_task": cpus,
+        **resources(ask, site, code),
         "signal_delay_s": restart.lead(parse_time(ask.time), save_seconds(run)),
-        "stderr_to_stdout": True,
-        # One rank that dies takes the others with it, instead of leaving them in a collective that never ends.
-        "srun_args": ["--kill-on-bad-exit=1", *site.srun],
-        "mail_user": site.mail,
-        "mail_type": "FAIL,END" if site.mail else None,
-        "setup": setup_lines(site, cpus, code),
         "wckey": None,
     }
-    if ask.gpus_per_node:
-        typed = f"{site.gpu_type}:" if site.gpu_type else ""
-        if site.gpus == "gres":
-            parameters["gres"] = f"gpu:{typed}{ask.gpus_per_node}"
-        elif site.gpus == "gpus-per-task":
-            parameters["gpus_per_task"] = f"{typed}1"
-        else:
-            parameters["gpus_per_node"] = f"{typed}{ask.gpus_per_node}"
-    memory = ask.mem_gb or site.mem_gb
-    if memory is not None:
-        parameters["mem"] = f"{int(memory * 1024)}M"
     # --chdir: a package that lies in the folder of submission must not come before the installed one; the batch script
     # finds the run's marks there, and status finds a job by it whose id nobody could record.
     again = site.restart == "requeue"
@@ -79,6 +55,38 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
         parameters["setup"] = [*restart.before(), *parameters["setup"]]
         parameters["teardown"] = restart.after()
     return {k: v for k, v in parameters.items() if v is not None or k == "wckey"}
+
+
+def resources(ask: Slurm, site: Site, code: Path) -> dict[str, Any]:
+    """What any job asks for in the way of nodes, ranks, time and memory, and how it begins; None where nothing."""
+    cpus = ask.cpus_per_task or site.cpus_per_task
+    parameters: dict[str, Any] = {
+        "nodes": ask.nodes,
+        "ntasks_per_node": ask.ranks_per_node,
+        "time": parse_time(ask.time),
+        "partition": ask.partition or site.partition,
+        "account": site.account,
+        "qos": site.qos,
+        "cpus_per_task": cpus,
+        "stderr_to_stdout": True,
+        # One rank that dies takes the others with it, instead of leaving them in a collective that never ends.
+        "srun_args": ["--kill-on-bad-exit=1", *site.srun],
+        "mail_user": site.mail,
+        "mail_type": "FAIL,END" if site.mail else None,
+        "setup": setup_lines(site, cpus, code),
+    }
+    if ask.gpus_per_node:
+        typed = f"{site.gpu_type}:" if site.gpu_type else ""
+        if site.gpus == "gres":
+            parameters["gres"] = f"gpu:{typed}{ask.gpus_per_node}"
+        elif site.gpus == "gpus-per-task":
+            parameters["gpus_per_task"] = f"{typed}1"
+        else:
+            parameters["gpus_per_node"] = f"{typed}{ask.gpus_per_node}"
+    memory = ask.mem_gb or site.mem_gb
+    if memory is not None:
+        parameters["mem"] = f"{int(memory * 1024)}M"
+    return parameters
 
 
 def save_seconds(run: RunFolder) -> float | None:
@@ -201,16 +209,21 @@ def start(
         timeout_min=60 * 24 * 365,
         stderr_to_stdout=True,
     )
-    env = {**worker_env(experiment.slurm.cpus_per_task), **site.env}
-    behind = {**os.environ, **env}.get("PYTHONPATH")
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(code.folder), behind)))
-    with _environment(env), _ctrl_c_stays_here():
+    with child_environment({**worker_env(experiment.slurm.cpus_per_task), **site.env}, code.folder):
         return local.submit(worker.run, *arguments)
 
 
 @contextmanager
+def child_environment(values: Mapping[str, str], code: Path) -> Iterator[None]:
+    """The local executor hands its jobs this process's environment: with ``values``, and the snapshot ``code``."""
+    behind = {**os.environ, **values}.get("PYTHONPATH")
+    path = os.pathsep.join(filter(None, (str(code), behind)))
+    with _environment({**values, "PYTHONPATH": path}), _ctrl_c_stays_here():
+        yield
+
+
+@contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """The local executor hands its jobs this process's environment."""
     before = dict(os.environ)
     os.environ.update(values)
     try:

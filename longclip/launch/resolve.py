@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longclip.data.shards import Dataset, open_dataset
-from longclip.data.text import Text, render
+from longclip.data.shards import open_dataset
+from longclip.data.text import Text
 from longclip.data.tokens import vocabulary_of
 from longclip.errors import LongclipError, SiteError, UserError
+from longclip.evaluate.suite import Resolved as Suite
+from longclip.evaluate.suite import read_suite
 from longclip.experiment import kinds
 from longclip.experiment.identity import OPEN_CLIP, hash_folder, references, train_sources
 from longclip.experiment.schema import Experiment
 from longclip.launch.site import Site
+from longclip.launch.suites import check_text, resolve_suite
 from longclip.run import lineage
 from longclip.run.folder import RunFolder
 
@@ -38,6 +41,8 @@ class Resolved:
     """pairs that the whole run will see"""
     parent: RunFolder | None = None
     """the run whose end gives this one its first weights"""
+    suites: list[Suite] = field(default_factory=list)
+    """what its chosen checkpoint is scored on in the end; their paths are among ``paths``"""
 
 
 def resolve(experiment: Experiment, site: Site, beside: Sequence[tuple[RunFolder, Mapping[str, Any]]] = ()) -> Resolved:
@@ -55,7 +60,7 @@ def resolve(experiment: Experiment, site: Site, beside: Sequence[tuple[RunFolder
             if key.startswith("data."):
                 folder = site.dataset(reference)
                 dataset = open_dataset(folder)
-                _check_text(dataset, Text.of(experiment.data))
+                check_text(dataset, Text.of(experiment.data), "data.text")
                 found.pins[key] = dataset.hash
                 sizes[key] = len(dataset)
             elif key == lineage.KEY:
@@ -68,6 +73,16 @@ def resolve(experiment: Experiment, site: Site, beside: Sequence[tuple[RunFolder
             error.message = f"{key}: {error.message}"
             found.problems.append(error)
             found.pins[key] = f"unresolved:{reference}"
+    for i, file in enumerate(experiment.evaluate.suites):
+        try:
+            suite = resolve_suite(read_suite(Path(file)), site, Text.of(experiment.data).long)
+            if suite.name in [other.name for other in found.suites]:
+                raise UserError(f"another suite is called {suite.name!r}, too")
+            found.suites.append(suite)
+            found.paths |= suite.named_paths()
+        except LongclipError as error:
+            error.message = f"evaluate.suites.{i}: {error.message}"
+            found.problems.append(error)
     try:
         train = train_sources(experiment)
         if all(key in sizes for key in train):
@@ -86,29 +101,6 @@ def _samples(experiment: Experiment, dataset: int) -> int:
     return asked // batch * batch
 
 
-LOOKED_AT = 100
-"""samples among which every field that a template names must occur"""
-
-
-def _check_text(dataset: Dataset, text: Text) -> None:
-    """Some of the first samples have the text that is wanted: a misnamed field shows before the queue, not after."""
-    shard = next(i for i, size in enumerate(dataset.sizes) if size)
-    count = min(LOOKED_AT, dataset.sizes[shard])
-    try:
-        first = [dataset.fields_and_text(shard, index) for index in range(count)]
-    except OSError as error:
-        raise SiteError(f"{dataset.folder}: cannot be read: {error}", f"longclip data index {dataset.folder}") from None
-    samples = [{**fields, "txt": txt} for _, txt, fields in first]
-    missing = [name for name in text.names if not any(name in sample for sample in samples)]
-    missing += [t for t in text.texts if not any(render(t, sample).strip() for sample in samples)]
-    if missing:
-        known = ", ".join(sorted({k for s in samples for k, v in s.items() if isinstance(v, (str, list, dict)) and v}))
-        raise UserError(
-            f"{dataset.folder} has no text {missing[0]!r} (data.text) in its first {count} samples",
-            f"data.text: one of {known}, or a template over them",
-        )
-
-
 def _origin(
     reference: str, site: Site, beside: Sequence[tuple[RunFolder, Mapping[str, Any]]]
 ) -> tuple[Path, str, RunFolder | None]:
@@ -118,7 +110,7 @@ def _origin(
         run, identity = lineage.find(name, site.runs, beside)
         return run.path, lineage.pin_of_run(identity, reference), run
     if not Path(reference).is_absolute():
-        folder = _fetched(reference, site)
+        folder = fetched(reference, site)
     elif (run := RunFolder(Path(lineage.without_best(reference)))).exists():
         return run.path, lineage.pin_of_run(run.identity(), reference), run
     else:
@@ -133,10 +125,10 @@ def _tower(reference: str, site: Site) -> Path:
         if not any((folder / file).is_file() for file in ("config.json", "tokenizer_config.json", OPEN_CLIP)):
             raise UserError(f"{reference}: no tower or tokenizer here (no config.json, no tokenizer_config.json)")
         return folder
-    return _fetched(reference, site)
+    return fetched(reference, site)
 
 
-def _fetched(reference: str, site: Site) -> Path:
+def fetched(reference: str, site: Site) -> Path:
     """The files of a hub id, on this machine."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -101,6 +101,19 @@ def _users(others: Iterable[int]) -> str:
     return ",".join(str(u) for u in sorted({os.getuid(), *others}))
 
 
+def array_tasks(users: Iterable[int] = ()) -> dict[str, set[int]] | None:
+    """Of each array in the queue the tasks that wait or run; None where squeue does not answer."""
+    queue = _run(["squeue", "--noheader", "--array", f"--user={_users(users)}", "--format=%F|%K"])
+    if queue is None:
+        return None
+    found: dict[str, set[int]] = {}
+    for line in queue.splitlines():
+        job, _, task = line.strip().partition("|")
+        if task.isdecimal():
+            found.setdefault(job, set()).add(int(task))
+    return found
+
+
 def jobs_of_mine() -> int | None:
     """How many jobs this user has in the queue; None where squeue does not answer."""
     queue = _run(["squeue", "--noheader", f"--user={os.getuid()}", "--format=%A"])

@@ -24,6 +24,7 @@ from longclip.launch.scheduler import jobs_of_mine
 from longclip.launch.site import Site
 from longclip.launch.snapshot import Code, Snapshot, freeze
 from longclip.launch.status import UNDER_WAY, statuses
+from longclip.launch.suites import write_suites
 from longclip.run import lineage
 from longclip.run.attempts import Attempt, attempts_of, new_attempt
 from longclip.run.folder import dump_experiment, read_json, write_json, write_text
@@ -105,6 +106,7 @@ def record_attempt(plan: Plan, site: Site, executor: str, code: Code, job: str |
     try:
         attempt = new_attempt(plan.run)
         write_text(attempt.path / "experiment.yaml", dump_experiment(plan.experiment))
+        write_suites(attempt.path, plan.resolved.suites)
     except OSError as error:
         raise SiteError(f"{plan.run.path}: cannot be written: {error.strerror}") from None
     record = {

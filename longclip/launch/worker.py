@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from longclip import __version__
 from longclip.errors import LongclipError, SiteError, UserError
+from longclip.evaluate.suite import Resolved
 from longclip.experiment.schema import Experiment, parse_time
 from longclip.launch import restart
 from longclip.launch.caches import leave_home_alone
 from longclip.launch.node import Needs
 from longclip.launch.preflight import NodeFault, excluded, preflight
 from longclip.launch.snapshot import OtherCode, check_imported, code_hash
+from longclip.launch.suites import suites_of
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, Superseded, claim
 from longclip.run.folder import RunFolder, load_experiment, read_json, write_json
 from longclip.run.verdicts import stays
@@ -75,7 +77,7 @@ def run(folder: str, number: int) -> str:
     os.environ["HF_HUB_OFFLINE"] = "1"
     record = RunFolder(Path(folder))
     try:
-        _set_ranks(record.attempts, number)
+        set_ranks(record.attempts, f"{number:04d}")
         check_imported(record.path, read_json(record.attempts / f"{number:04d}" / "submitted.json"))
         verdict = _train(record, number)
     except Leave as reason:
@@ -134,9 +136,10 @@ def train_attempt(record: RunFolder, number: int, ranks: Ranks) -> str:
     submitted = Attempt(record.attempts / f"{number:04d}")
     experiment = load_experiment(submitted.path / "experiment.yaml")
     asked = submitted.submitted or {}
+    suites = suites_of(submitted.path, asked["paths"])
     uri = asked.get("tracking") if ranks.rank == 0 else None
     with _streamed(attempt, uri):
-        return _train_claimed(record, attempt, experiment, asked["paths"], who, ranks, "canary" in asked)
+        return _train_claimed(record, attempt, experiment, asked["paths"], suites, who, ranks, "canary" in asked)
 
 
 def _train_claimed(
@@ -144,6 +147,7 @@ def _train_claimed(
     attempt: Attempt,
     experiment: Experiment,
     paths: Mapping[str, str],
+    suites: Sequence[Resolved],
     who: Sequence[Who],
     ranks: Ranks,
     is_canary: bool,
@@ -164,7 +168,7 @@ def _train_claimed(
             _seen = samples
             watch.beat(samples)
 
-        job = Job(record, attempt, experiment, paths, beat)
+        job = Job(record, attempt, experiment, paths, beat, suites)
         if is_canary:  # it takes minutes, and has nothing that were worth saving at a signal
             canary(job, ranks)
             verdict = FINISHED
@@ -284,8 +288,11 @@ def _log() -> Path | None:
     return Path(JobEnvironment().paths.stdout)
 
 
-def _set_ranks(folder: Path, number: int) -> None:
-    """RANK and its kin: torchrun has set them; for submitit's jobs they are derived from its environment."""
+def set_ranks(folder: Path, name: str) -> None:
+    """RANK and its kin: torchrun has set them; for submitit's jobs they are derived from its environment.
+
+    ``folder`` is shared by all ranks of the job, which meet there; ``name`` says for what.
+    """
     if "RANK" in os.environ:
         return
     from submitit import JobEnvironment
@@ -298,7 +305,7 @@ def _set_ranks(folder: Path, number: int) -> None:
         return
     life = os.environ.get("SLURM_RESTART_COUNT", "0")
     local = os.environ.get("SUBMITIT_EXECUTOR") == "local"
-    place = folder / f".meeting-{number:04d}-{job.job_id}-{life}.json"
+    place = folder / f".meeting-{name}-{job.job_id}-{life}.json"
     meet(place, job.global_rank, job.num_tasks, job.local_rank, "127.0.0.1" if local else None)
 
 

@@ -37,14 +37,23 @@ class DualEncoder(nn.Module):
         self.log_scale = nn.Parameter(torch.full((1,), math.log(scale)))
         self.bias = nn.Parameter(torch.full((1,), SIGMOID_BIAS)) if loss == "sigmoid" else None
 
-    def forward(self, pixels_BCHW: Tensor, text: Packed) -> tuple[Tensor, ...]:
-        """Unit features [B, embed_dim] of images and of captions, the scale [1], and the bias [1] if any; all fp32."""
-        image_BD = F.normalize(self.image(pixels_BCHW), dim=-1)
-        text_BD = F.normalize(self.text(text), dim=-1)
+    def forward(self, pixels_BCHW: Tensor | None, text: Packed | None) -> tuple[Tensor, ...]:
+        """Unit features [B, embed_dim] of images and of captions, the scale [1], and the bias [1] if any; all fp32.
+
+        With one side alone, the other being None, the features of that side and nothing else: the other tower does not
+        run.
+        """
+        sides: list[Tensor] = []
+        if pixels_BCHW is not None:
+            sides.append(F.normalize(self.image(pixels_BCHW), dim=-1))
+        if text is not None:
+            sides.append(F.normalize(self.text(text), dim=-1))
+        if pixels_BCHW is None or text is None:
+            return tuple(sides)
         scale = self.log_scale.float().exp()
         if self.bias is not None:
-            return image_BD, text_BD, scale, self.bias.float()
-        return image_BD, text_BD, scale.clamp(max=MAX_SCALE)
+            return *sides, scale, self.bias.float()
+        return *sides, scale.clamp(max=MAX_SCALE)
 
 
 def build(

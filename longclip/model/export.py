@@ -7,7 +7,7 @@ tower is saved as transformers does it, with its tokenizer or image processor, a
 
     image/             config.json model.safetensors preprocessor_config.json
     text/              config.json model.safetensors, the tokenizer
-    heads.safetensors  image.*, text.*, log_scale
+    heads.safetensors  image.*, text.*, log_scale; in its metadata how the towers are pooled
     README.md          the model card, with the lines that put them together (recipe.py)
 
 ``open_clip``: its layout for a local folder or the hub; see ``to_openclip.py``.
@@ -55,7 +55,9 @@ def write_transformers(folder: Path, model: DualEncoder, spec: Model, tokenizer:
         for name, tensor in getattr(model, side).head.state_dict().items()
     }
     alone = {name: p.detach() for name, p in model.named_parameters() if "." not in name}  # temperature, bias
-    save_file({**heads, **alone}, folder / "heads.safetensors")
+    # What neither configuration nor shapes tell; launch/models.py reads it.
+    pools = {"image_pool": spec.image.pool, "text_pool": spec.text.pool}
+    save_file({**heads, **alone}, folder / "heads.safetensors", {"format": "pt", **pools})
     return recipe.of_towers(model, spec)
 
 

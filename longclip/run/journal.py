@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TextIO
 
 from longclip.errors import told_as_no_space
-from longclip.run.attempts import attempts_of
+from longclip.run.attempts import Attempt, attempts_of
 from longclip.run.folder import RunFolder
 
 SAVE_SECONDS = "checkpoint/seconds"
@@ -64,8 +64,15 @@ def read_points(file: Path) -> list[Point]:
     """All points of one journal file; a torn last line (the writer was killed) is dropped."""
     if not file.exists():
         return []
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:  # all at once takes half the time of line by line
+        entries = json.loads(f"[{','.join(lines)}]")
+        if len(entries) == len(lines):
+            return [Point(e["t"], e["step"], e["samples"], e["metrics"]) for e in entries]
+    except (ValueError, KeyError, TypeError):
+        pass
     points = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in lines:
         try:
             entry = json.loads(line)
             points.append(Point(entry["t"], entry["step"], entry["samples"], entry["metrics"]))
@@ -76,13 +83,21 @@ def read_points(file: Path) -> list[Point]:
 
 def effective(run: RunFolder) -> list[Point]:
     """The run's points in order of samples seen, each position once."""
-    started = [(a, a.resumed_at) for a in attempts_of(run) if a.resumed_at is not None]
-    points: list[Point] = []
+    attempts = attempts_of(run)
+    return laid(attempts, {a: read_points(a.journal) for a in attempts if a.resumed_at is not None})
+
+
+def laid(attempts: Sequence[Attempt], journals: Mapping[Attempt, Sequence[Point]]) -> list[Point]:
+    """The journals of all attempts laid end to end, each cut where the next one resumed."""
+    parts: list[Sequence[Point]] = []
     end = float("inf")
-    for attempt, resumed_at in reversed(started):
-        points[:0] = [p for p in read_points(attempt.journal) if p.samples <= end]
-        end = min(end, float(resumed_at or 0))
-    return points
+    for attempt in reversed(attempts):
+        if attempt.resumed_at is None:
+            continue
+        points = journals[attempt]
+        parts.append(points if end == float("inf") else [p for p in points if p.samples <= end])
+        end = min(end, float(attempt.resumed_at))
+    return [point for part in reversed(parts) for point in part]
 
 
 def series(points: Iterable[Point], metric: str) -> list[tuple[int, float]]:

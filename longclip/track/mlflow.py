@@ -5,36 +5,41 @@ points up to it are sent, and the rest when the run has finished; a live curve c
 number of samples seen, timestamps are the journal's. The same point sent twice is stored once, so replaying is always
 safe. ``mlflow.json`` in the run folder says which MLflow run stands for it, and up to where that one has been sent.
 
-SQLite has one writer at a time: all of ``sync`` holds a lease, a lock file beside the database (never flock, which
-shared file systems do not keep). On a server the lease is the run folder's, so that a run is created once.
+The runs of a sweep are children of one parent run (parent.py). Who may write when is in store.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
-import os
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from longclip.errors import LongclipError, SiteError, UserError
+from longclip.errors import LongclipError
 from longclip.experiment.identity import flatten, train_sources
 from longclip.run import checkpoints
-from longclip.run.attempts import FINISHED, Attempt, attempts_of
+from longclip.run.attempts import Attempt, attempts_of
 from longclip.run.folder import RunFolder, read_json, write_json
-from longclip.run.journal import Point, effective, text_shares
+from longclip.run.journal import Point, laid, read_points
 from longclip.run.verdicts import INFRASTRUCTURE, verdict_of
+from longclip.track import facts
 from longclip.track.lease import Lease
+from longclip.track.parent import PARENT, Parents
+from longclip.track.scores import HEADLINE, axes, finals, tested
+from longclip.track.store import (
+    DIGEST_LENGTH,
+    METRICS_A_CALL,
+    PARAM_LENGTH,
+    Store,
+    key_of,
+    log_params,
+    ms,
+    opened,
+    parts,
+)
 
-T = TypeVar("T")
-
-METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits, as are the two below
-PARAM_LENGTH, DIGEST_LENGTH = 6000, 36
 STATUS = {
     "finished": "FINISHED",
     "running": "RUNNING",
@@ -42,10 +47,6 @@ STATUS = {
     **dict.fromkeys((*INFRASTRUCTURE, "cancelled", "killed", "lost"), "KILLED"),
 }
 """A run's state -> what MLflow shows; all other states are FAILED"""
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""A server that does not answer is given up in under a minute; by default MLflow tries for a quarter of an hour"""
-SILENT = 50.0
-"""Seconds after which who syncs with a server, and renews its lease at every request, counts as killed"""
 
 
 @dataclass(frozen=True)
@@ -92,46 +93,22 @@ def sync(runs: Sequence[RunFolder], uri: str, states: Mapping[Path, str] | None 
         UserError: ``uri`` is neither http(s) nor SQLite.
         SiteError: the store cannot be reached or written, or another writer does not let go of it.
     """
-    database = _database(uri)
-    states = states or {}
-    shown = _without_login(uri) if database is None else f"sqlite:///{database}"
-    with _patient(), _as_site_error(shown, uri):
-        from mlflow import MlflowClient
-
-        # After the import, which sets the level of its own loggers; alembic tells of every migration.
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        if database is None:
-            return _sync(runs, MlflowClient(tracking_uri=uri), shown, states, None, None)
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with Lease(database.with_name(f"{database.name}.lock")) as lease:
-            # The first client of a fresh database creates its tables, which must not happen twice at once.
-            # MLflow would put artifacts into the working folder.
-            place = (database.parent / "mlartifacts").as_uri()
-            return _sync(runs, MlflowClient(tracking_uri=uri), shown, states, place, lease)
+    begun = [r for r in runs if any(a.started or a.ended for a in attempts_of(r))]
+    done = []
+    with opened(uri) as store:
+        parents = Parents(store)
+        for run in begun:
+            with store.holding(run.path) as lease:
+                done.append(_replay(run, store, parents, (states or {}).get(run.path), lease))
+        parents.settle()
+    return SyncReport(store.uri, tuple(done), len(runs) - len(begun))
 
 
 # ---- one run -----------------------------------------------------------------------------------------------------
 
 
-def _sync(
-    runs: Sequence[RunFolder],
-    client: Any,
-    uri: str,
-    states: Mapping[Path, str],
-    artifacts: str | None,
-    held: Lease | None,
-) -> SyncReport:
-    begun = [r for r in runs if any(a.started or a.ended for a in attempts_of(r))]
-    done = []
-    for run in begun:
-        with contextlib.nullcontext(held) if held else Lease(run.path / ".mlflow.lock", SILENT) as lease:
-            done.append(_replay(run, client, uri, states.get(run.path), artifacts, lease))
-    return SyncReport(uri, tuple(done), len(runs) - len(begun))
-
-
-def _replay(run: RunFolder, client: Any, uri: str, state: str | None, artifacts: str | None, lease: Lease) -> Synced:
-    from mlflow.entities import Metric, Param, RunTag
+def _replay(run: RunFolder, store: Store, parents: Parents, state: str | None, lease: Lease) -> Synced:
+    from mlflow.entities import Metric, RunTag
 
     attempts = attempts_of(run)
     experiment = run.experiment()
@@ -139,26 +116,33 @@ def _replay(run: RunFolder, client: Any, uri: str, state: str | None, artifacts:
     status = _status(last, state)
     # The checkpoint is read before the journal, which was flushed before it: what is durable is then all seen.
     limit = math.inf if status == "FINISHED" else _durable(run)
-    points = effective(run)
+    journals = {a: read_points(a.journal) for a in attempts}
+    points = laid(attempts, journals)
     name = experiment.track.experiment or run.sweep
-    known, sent, sender = _claimed(run, client, uri)
+    started = [float(a.started["time"]) for a in attempts if a.started and "time" in a.started]
+    begun = min(started, default=time.time())
+    params = _params(run, experiment)
+    parent = parents.of(run, name, begun, params)
+    lease.renew()
+    client = store.client
+    known, sent, sender = _claimed(run, store)
     if known is None:
-        started = [float(a.started["time"]) for a in attempts if a.started and "time" in a.started]
-        place = _experiment(client, name, artifacts)
+        place = store.experiment(name)
         lease.renew()
-        known = client.create_run(place, start_time=_ms(min(started)) if started else None, run_name=run.name)
+        known = client.create_run(place, start_time=ms(begun), tags={PARENT: parent}, run_name=run.name)
         sent = 0
+        parents.moved(parent)
     run_id = known.info.run_id
-    record = {"run_id": run_id, "uri": uri, "samples": sent, "attempt": sender}
+    record = {"run_id": run_id, "uri": store.uri, "samples": sent, "attempt": sender}
     write_json(run.path / "mlflow.json", record)
 
-    params = flatten(experiment.model_dump(mode="json", exclude={"slurm"}))
     # Parameters never change in MLflow: the first attempt's stay.
-    absent = {k: v for k, v in params.items() if v is not None and _key(k) not in known.data.params}
-    for part in _parts(list(absent.items()), PARAMS_A_CALL):
-        client.log_batch(run_id, params=[Param(_key(k), str(v)[:PARAM_LENGTH]) for k, v in part])
-        lease.renew()
-    client.log_batch(run_id, tags=[RunTag(k, str(v)) for k, v in _tags(run, attempts, experiment).items()])
+    log_params(client, run_id, {k: v for k, v in params.items() if k not in known.data.params})
+    lease.renew()
+    # Before all other metrics: see scores.py.
+    first = [] if HEADLINE in known.data.metrics else [Metric(HEADLINE, math.nan, ms(begun), 0)]
+    tags = {PARENT: parent, **_tags(run, attempts, experiment), **facts.tags(run, attempts, journals)}
+    client.log_batch(run_id, metrics=first, tags=[RunTag(k, str(v)) for k, v in tags.items()])
     lease.renew()
     client.log_inputs(run_id, _datasets(run, experiment))
     lease.renew()
@@ -167,9 +151,9 @@ def _replay(run: RunFolder, client: Any, uri: str, state: str | None, artifacts:
     # the checkpoint there turned out to be broken, and a later attempt came by once more: its points have other times.
     after = sent if _passed(attempts, sent) == sender else sent + 1
     new = [p for p in points if after <= p.samples <= limit]
-    metrics = [Metric(_key(k), float(v), _ms(p.time), p.samples) for p in new for k, v in p.metrics.items()]
-    metrics += [Metric(k, v, t, step) for k, v, t, step in _finals(run, last, points, experiment)]
-    for part in _parts(metrics, METRICS_A_CALL):
+    metrics = [Metric(key_of(k), float(v), ms(p.time), p.samples) for p in new for k, v in p.metrics.items()]
+    metrics += [Metric(k, v, t, step) for k, v, t, step in finals(run, last, points, experiment)]
+    for part in parts(metrics, METRICS_A_CALL):
         client.log_batch(run_id, metrics=part)
         lease.renew()
     if new:
@@ -179,50 +163,23 @@ def _replay(run: RunFolder, client: Any, uri: str, state: str | None, artifacts:
         if status in ("RUNNING", "SCHEDULED"):
             client.update_run(run_id, status=status)
         else:
-            client.set_terminated(run_id, status, _ms(_end(last, points)))
+            client.set_terminated(run_id, status, ms(_end(last, points)))
+        parents.moved(parent)
     write_json(run.path / "mlflow.json", {**record, "samples": sent, "attempt": sender})
     return Synced(run.name, run_id, name, status, sent, len(new))
 
 
-def _claimed(run: RunFolder, client: Any, uri: str) -> tuple[Any, int, int]:
+def _claimed(run: RunFolder, store: Store) -> tuple[Any, int, int]:
     """The MLflow run that stands for ``run`` in this store, or None; the position sent, and by which attempt."""
-    from mlflow.exceptions import MlflowException
-
     try:
         record = read_json(run.path / "mlflow.json")
-        known = client.get_run(record["run_id"])
+        known = store.run(record["run_id"])
     except (FileNotFoundError, ValueError, KeyError):
         return None, 0, 0
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return None, 0, 0
-    if known.info.lifecycle_stage != "active":
-        return None, 0, 0
     # Known under another address: a moved store, or an older copy of it. All is sent again, and stored once.
-    if record.get("uri") != uri:
+    if known is None or record.get("uri") != store.uri:
         return known, 0, 0
     return known, int(record["samples"]), int(record.get("attempt", 0))
-
-
-def _experiment(client: Any, name: str, artifacts: str | None) -> str:
-    """The id of the MLflow experiment called ``name``, created where there is none."""
-    from mlflow.exceptions import MlflowException
-
-    known = client.get_experiment_by_name(name)
-    if known is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=artifacts))
-        except MlflowException as error:  # on a server, another run's sync may have been quicker
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-            known = client.get_experiment_by_name(name)
-    if known.lifecycle_stage != "active":
-        raise SiteError(
-            f"MLflow experiment {name!r} has been deleted in this store",
-            f"mlflow experiments restore --experiment-id {known.experiment_id}, or set track.experiment",
-        )
-    return str(known.experiment_id)
 
 
 def _status(last: Attempt, state: str | None) -> str:
@@ -256,6 +213,12 @@ def _durable(run: RunFolder) -> float:
         return -1
 
 
+def _params(run: RunFolder, experiment: Any) -> dict[str, str]:
+    found = axes(experiment.model.context_length, run.axes())
+    found |= flatten(experiment.model_dump(mode="json", exclude={"slurm"}))
+    return {key_of(k): str(v)[:PARAM_LENGTH] for k, v in found.items() if v is not None}
+
+
 def _tags(run: RunFolder, attempts: Sequence[Attempt], experiment: Any) -> dict[str, Any]:
     def each(*values: Any) -> str:
         return ",".join(dict.fromkeys(str(v) for v in values if v))
@@ -278,7 +241,7 @@ def _datasets(run: RunFolder, experiment: Any) -> list[Any]:
     """What the run read: the name in the experiment as source, the hash of the content as digest."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    hashes = {**run.identity(), "data.test": (_test(run) or {}).get("dataset")}
+    hashes = {**run.identity(), "data.test": (tested(run) or {}).get("dataset")}
     return [
         DatasetInput(
             Dataset(key, str(hashes[key])[:DIGEST_LENGTH], "longclip", str(name)),
@@ -291,94 +254,3 @@ def _datasets(run: RunFolder, experiment: Any) -> list[Any]:
         )
         if hashes.get(key)
     ]
-
-
-def _finals(
-    run: RunFolder, last: Attempt, points: Sequence[Point], experiment: Any
-) -> list[tuple[str, float, int, int]]:
-    """Metrics of the run as a whole: (name, value, time [ms], step). Only when it has finished and the whole journal
-    is here (NFS may show the verdict first): a value that changed later would be a second point. For the same reason
-    their time is the verdict's."""
-    ended = last.ended or {}
-    if ended.get("verdict") != FINISHED or not points or points[-1].samples != ended.get("samples"):
-        return []
-    when, end = _ms(ended["time"]), points[-1].samples
-    shares = text_shares(points, experiment.model.context_length)
-    values = [] if shares is None else [("text/waste", shares[0], when, end)]
-    # Not text/padding_avoided, which is a curve: the same over the last few steps.
-    values += [] if shares is None else [("text/padding_avoided_overall", shares[1], when, end)]
-    test = _test(run)
-    if test is not None:
-        scores = {**test["metrics"], **{f"ceiling_{k}": v for k, v in (test.get("ceiling") or {}).items()}}
-        values += [(f"test/{_key(k)}", float(v), when, int(test["samples"])) for k, v in scores.items()]
-    return values
-
-
-def _test(run: RunFolder) -> dict[str, Any] | None:
-    file = run.evaluations / "test.json"
-    return read_json(file) if file.exists() else None
-
-
-def _key(name: str) -> str:
-    """A name that MLflow takes."""
-    return re.sub(r"[^\w\-. :/]", "_", name)
-
-
-def _parts(values: list[T], size: int) -> Iterator[list[T]]:
-    return (values[i : i + size] for i in range(0, len(values), size))
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
-
-
-# ---- the store ---------------------------------------------------------------------------------------------------
-
-
-def _database(uri: str) -> Path | None:
-    """The file of an SQLite URI, None for a server. Raises UserError for anything else."""
-    if uri.startswith(("http://", "https://")):
-        return None
-    path = uri.removeprefix("sqlite:///").partition("?")[0]
-    if not uri.startswith("sqlite:///") or not path:
-        raise UserError(
-            f"MLflow URI {_without_login(uri)!r}: valid is http://HOST:PORT, https://HOST, or sqlite:///PATH/mlflow.db",
-            "set tracking: in the site profile",
-        )
-    return Path(path).resolve()
-
-
-def _without_login(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", uri)
-
-
-@contextlib.contextmanager
-def _patient() -> Iterator[None]:
-    """Short patience with servers while it lasts, where the user has not said otherwise.
-
-    Telemetry stays off, and so do the links that MLflow prints to stdout, where a script may expect JSON.
-    """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    ours = {k: v for k, v in PATIENCE.items() if k not in os.environ}
-    os.environ.update(ours)
-    try:
-        yield
-    finally:
-        for name in ours:
-            os.environ.pop(name, None)
-
-
-@contextlib.contextmanager
-def _as_site_error(shown: str, uri: str) -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        lines = _without_login(str(error)).strip().splitlines()
-        what = lines[0] if lines else type(error).__name__
-        raise SiteError(
-            f"MLflow at {shown}: {what[:300]}", "the runs are untouched; longclip sync sends them later"
-        ) from None

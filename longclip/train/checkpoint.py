@@ -58,15 +58,15 @@ def save(
     aside = checkpoints.aside(folder / name)  # rank 0's; the others' is never made
     files: dict[str, dict[str, Any]] = {}
     try:
-        _on_rank_0(ranks, folder, partial(aside.mkdir, parents=True, exist_ok=True))
+        on_rank_0(ranks, folder, partial(aside.mkdir, parents=True, exist_ok=True))
         for kind in (WEIGHTS, *MOMENTS):  # one after the other: rank 0 holds a third of it all in memory
             tensors: dict[str, Tensor] = {}
             for parameter, tensor in _tensors(engine, kind):
                 if ranks.rank == 0:
                     tensors[parameter] = tensor.to("cpu", torch.float32).contiguous()
-            files[f"{kind}.safetensors"] = _on_rank_0(ranks, folder, partial(_write_tensors, aside, kind, tensors))
+            files[f"{kind}.safetensors"] = on_rank_0(ranks, folder, partial(_write_tensors, aside, kind, tensors))
         state = {**state, "optimizer_step": _optimizer_step(engine)}
-        _on_rank_0(ranks, folder, partial(_publish, aside, folder / name, state, files, fence))
+        on_rank_0(ranks, folder, partial(_publish, aside, folder / name, state, files, fence))
     finally:
         if ranks.rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -81,7 +81,7 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
 
     Raises LongclipError, on all ranks, where a file is broken, or where parameters differ in name or shape.
     """
-    _on_rank_0(ranks, path, partial(checkpoints.verify, path))
+    on_rank_0(ranks, path, partial(checkpoints.verify, path))
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     with safe_open(path / f"{WEIGHTS}.safetensors", framework="pt") as saved:
         names = saved.keys()
@@ -99,7 +99,7 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
 
 def newest(folder: Path, ranks: Ranks) -> Path | None:
     """Rank 0's :func:`longclip.run.checkpoints.latest` on all ranks; where it raises, all do. Collective."""
-    return _on_rank_0(ranks, folder, partial(checkpoints.latest, folder))
+    return on_rank_0(ranks, folder, partial(checkpoints.latest, folder))
 
 
 def read_origin(folder: Path, reference: str, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -111,7 +111,7 @@ def read_origin(folder: Path, reference: str, ranks: Ranks) -> tuple[dict[str, T
             checkpoints.verify(path)
         return path, record
 
-    path, record = _on_rank_0(ranks, folder, find)
+    path, record = on_rank_0(ranks, folder, find)
     return load_weights(path), record
 
 
@@ -230,7 +230,7 @@ def _compare(engine: Any, saved: dict[str, tuple[int, ...]], path: Path) -> None
 # -- on the disk
 
 
-def _on_rank_0(ranks: Ranks, path: Path, act: Callable[[], T]) -> T:
+def on_rank_0(ranks: Ranks, path: Path, act: Callable[[], T]) -> T:
     """``act()`` of rank 0 as the result on all ranks; where it raises all raise, and none is left waiting."""
     result: T | None = None
     error: LongclipError | None = None

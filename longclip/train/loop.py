@@ -11,9 +11,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,23 @@ from longclip.data.sources import Sources
 from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer
 from longclip.errors import LongclipError, UserError
-from longclip.evaluate.retrieval import ceiling, evaluate
+from longclip.evaluate.retrieval import evaluate
+from longclip.evaluate.suite import Resolved
 from longclip.experiment.identity import train_sources
 from longclip.experiment.schema import Experiment, Model, parse_interval
 from longclip.model.clip import DualEncoder, build
 from longclip.model.towers import pixels_of
 from longclip.run import checkpoints, lineage
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt
-from longclip.run.folder import RunFolder, write_json
+from longclip.run.folder import RunFolder
 from longclip.run.journal import SAVE_SECONDS, Journal
 from longclip.train import cached, checkpoint, warm
 from longclip.train import engine as engines
 from longclip.train.loss import LOSSES
 from longclip.train.meters import Meters
 from longclip.train.ranks import Ranks
+from longclip.train.scoring import score_best
 
-BEST = "val/mean_recall_at_1"
-"""The metric that chooses the checkpoint to be tested"""
 METER_STEPS = 10
 """Steps between two points of the meters (speed, waiting, memory)"""
 FLUSH_SECONDS = 2.0
@@ -71,6 +70,8 @@ class Job:
     """folders of datasets, towers and tokenizer, by dotted key of the experiment"""
     beat: Callable[[int], None] = lambda samples: None
     """called at every sign of life with the pairs seen so far"""
+    suites: Sequence[Resolved] = ()
+    """what the chosen checkpoint is scored on in the end, besides the test set"""
 
 
 def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: False) -> str:
@@ -219,9 +220,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
             return INTERRUPTED
     if journal:
         journal.close()
-    if experiment.data.test is not None:
-        _test(job, engine, state, val, ranks)
-    return FINISHED
+    return FINISHED if score_best(job, engine, state, val, ranks, should_stop) else INTERRUPTED
 
 
 def prepare(job: Job, ranks: Ranks, begin: bool = False) -> tuple[Any, Reader, Reader]:
@@ -266,30 +265,6 @@ def take_step(engine: Any, part: Batch, kind: str, ranks: Ranks) -> tuple[float,
         engine.backward(loss)
     grad_norm = engines.step(engine)
     return loss.item(), scale.item(), grad_norm
-
-
-def _test(job: Job, engine: Any, state: dict[str, Any], val: Reader, ranks: Ranks) -> None:
-    """Scores the checkpoint that validation chose on the test set, into ``evaluations/test.json``."""
-    best = state["best"]["checkpoint"]
-    checkpoint.restore(engine, job.run.checkpoints / best, ranks)
-    dataset = open_dataset(job.paths["data.test"])
-    reader = replace(val, dataset=dataset)
-    alive = partial(job.beat, state["samples"])
-    scores = evaluate(engine, engine.module, reader, job.experiment.evaluate.batch, ranks, alive)
-    if ranks.rank == 0:
-        window = job.experiment.model.context_length
-        record = {
-            "dataset": dataset.hash,
-            "checkpoint": best,
-            "samples": state["best"]["samples"],
-            "chosen_by": BEST,
-            "context_length": window,
-            "metrics": scores,
-            "ceiling": ceiling(dataset.folder, window),
-            "time": time.time(),
-        }
-        write_json(job.run.evaluations / "test.json", record)
-        print(f"test: {scores}", flush=True)
 
 
 def localized(spec: Model, paths: Mapping[str, str]) -> Model:

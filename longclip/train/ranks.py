@@ -57,6 +57,8 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's ``value``, in the order of ranks, on every rank. Collective; anything small that pickles."""
+        if self.size == 1:
+            return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values

@@ -13,10 +13,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from longclip.collect import gather as gathering
-from longclip.collect.gather import _reaches, differences, gather
+from longclip.collect.checks import differences
+from longclip.collect.collect import Options, collect
+from longclip.collect.compare import compare
+from longclip.collect.frame import frame
+from longclip.collect.gather import gather
 from longclip.collect.plots import curves, smoothed
-from longclip.collect.tables import Collected, caption, collect, frame, markdown, terminal
+from longclip.collect.row import count, reaches
+from longclip.collect.tables import caption, markdown, terminal
 from longclip.errors import UserError
 from longclip.run.folder import RunFolder, write_json
 from tests.helpers import add_attempt, end, experiment, finished_run, make_run, save_checkpoint, save_test, train
@@ -49,7 +53,7 @@ def test_numbers(sweep: list[RunFolder]) -> None:
     # The 0.9 at 600 was lost with the first attempt.
     assert c512.val == [(300, 0.1), (600, 0.29), (900, 0.3), (1000, 0.6)]
     assert (c77.samples_to, c512.samples_to, c154.samples_to) == (800, 900, None)
-    assert _reaches([(100, 0.1), (200, 0.3), (300, 0.2)], 0.25) == 175, "on the line between two evaluations"
+    assert reaches([(100, 0.1), (200, 0.3), (300, 0.2)], 0.25) == 175, "on the line between two evaluations"
     assert {c77.baseline, c154.baseline, c512.baseline} == {"ctx77"}
     # 2 ranks: 0 to 160 s; and 0 to 120 s, of which what came after 100 s (500 samples) is lost, and 1000 to 1120 s.
     assert (c77.hours, c77.hours_lost) == (pytest.approx(2 * 160 / 3600), 0.0)
@@ -95,8 +99,14 @@ def test_every_seed_has_its_own_baseline(tmp_path: Path) -> None:
         ("ctx512_s1", None),
     ]
     assert differences(rows) == []
-    assert "samples to smallest window's best" in markdown(rows)
-    assert list(frame(rows)["train.seed"]) == [0, 0, 1, 1]
+    found = compare(rows)
+    assert "samples to ctx77's best" in markdown(found)
+    c77, c512 = found.lines
+    assert (c77.name, c512.name, len(c77.rows), len(c512.rows)) == ("ctx77", "ctx512", 2, 2)
+    assert c512.samples_to is not None and c512.samples_to.by_seed == (1000.0,), (
+        "seed 1 never was as good as its own 77"
+    )
+    assert list(frame(found)["seeds"]) == [2, 2]
 
 
 def test_a_difference_that_nobody_declared(tmp_path: Path, sweep: list[RunFolder]) -> None:
@@ -110,6 +120,15 @@ def test_a_difference_that_nobody_declared(tmp_path: Path, sweep: list[RunFolder
     ]
     other_sweep = finished_run(tmp_path, experiment(77, lr=2e-3), {1000: 0.5}, sweep="other")
     assert not [w for w in differences(gather([*sweep, other_sweep])) if "undeclared" in w]
+    with pytest.raises(UserError, match=r"ctx256: undeclared difference: train\.lr is 0\.002") as refused:
+        collect([*sweep, odd], tmp_path / "out")
+    assert refused.value.exit_code == 2 and "--allow-differences" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+    marked = collect([*sweep, odd], tmp_path / "out", Options(allow_differences=True))
+    table = pd.read_csv(marked.files[0]).set_index("run")
+    assert table.loc["ctx256", "differs_in"] == f"data.test is {'8' * 40}; train.lr is 0.002; train.weight_decay is 0.1"
+    assert np.isnan(table.loc["ctx256", "delta_i2t_recall_at_1"]), "other queries: no difference"
+    assert "train.lr is 0.002" in marked.files[1].read_text() and "train.lr is 0.002" in marked.files[2].read_text()
 
 
 def _read(run: RunFolder) -> dict[str, object]:
@@ -129,17 +148,21 @@ def test_unequal_and_unfinished_are_said(tmp_path: Path, sweep: list[RunFolder])
     assert "ctx154: unfinished (400/1.0 k)" in found
     assert "ctx128: unfinished (300/1.0 k), diverged: the loss is nan" in found
     assert "runs saw unequal numbers of samples: ctx77 1.0 k, ctx256 500, ctx512 1.0 k" in found
-    assert caption(rows).endswith("UNEQUAL samples")
+    assert caption(compare(rows, allow_differences=True)).endswith("UNEQUAL samples")
 
 
 def test_files(tmp_path: Path, sweep: list[RunFolder]) -> None:
     result = collect(sweep, tmp_path / "deep" / "results")
-    assert [f.name for f in result.files] == ["table.csv", "table.md", "curves.png"]
-    assert result.warnings == ["ctx154: unfinished (400/1.0 k)"]
+    assert [f.name for f in result.files] == [
+        *("table.csv", "table.md", "table.tex", "table.json"),
+        *("curves.png", "curves.svg", "curves.pdf"),
+    ]
+    assert result.comparison.warnings == ("ctx154: unfinished (400/1.0 k)",)
 
     table = pd.read_csv(result.files[0]).set_index("run")
     assert list(table.index) == ["ctx77", "ctx154", "ctx512"]
     assert table.loc["ctx512", "i2t_recall_at_1"] == 0.6
+    assert table.loc["ctx512", "delta_i2t_recall_at_1"] == pytest.approx(0.4)
     assert table.loc["ctx77", "samples_to"] == 800
     assert np.isnan(table.loc["ctx154", "i2t_recall_at_1"])
     assert table.loc["ctx154", "state"] == "unfinished (400/1.0 k)"
@@ -148,17 +171,19 @@ def test_files(tmp_path: Path, sweep: list[RunFolder]) -> None:
     assert lines[0] == (
         "tiny-test, n = 500, one caption an image, ties = misses, checkpoint chosen on val, equal 1.0 k samples"
     )
+    assert lines[2] == "[low, high]: 95 % over the queries of the test set"
     body = [line for line in lines if line.startswith("| ctx")]
     assert len(body) == 3
-    columns = [c.strip() for c in lines[2].strip("|").split("|")]
+    columns = [c.strip() for c in lines[4].strip("|").split("|")]
     cells = [dict(zip(columns, (c.strip() for c in line.strip("|").split("|")), strict=True)) for line in body]
-    assert [c["i2t R@1"] for c in cells] == ["20.0", "", "**60.0**"]
+    assert [c["i2t R@1"] for c in cells] == ["20.0 [16.7, 23.7]", "", "**60.0 [55.6, 64.2]**"]
+    assert [c["Δ i2t vs ctx77"] for c in cells] == ["", "", "+40.0"], "no ranks were kept: no interval"
     assert [c["samples to ctx77's best"] for c in cells] == ["**800**", "", "900"]
     assert [c["of ceiling"] for c in cells] == ["50.0%", "", "**55.0%**"]
     assert cells[2]["GPU-h (lost)"] == "0.1 (0.011)"
     assert "> **!** ctx154: unfinished (400/1.0 k)" in lines
 
-    with Image.open(result.files[2]) as image:
+    with Image.open(result.files[4]) as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert image.width > 1000
@@ -169,7 +194,7 @@ def test_files(tmp_path: Path, sweep: list[RunFolder]) -> None:
 @pytest.mark.parametrize("width", [100, 200])
 def test_terminal(tmp_path: Path, sweep: list[RunFolder], width: int) -> None:
     console = Console(width=width, record=True, file=sys.stderr)
-    console.print(terminal(Collected(gather(sweep), [], [])))
+    console.print(terminal(compare(gather(sweep))))
     text = console.export_text()
     for word in ("tiny-test, n = 500", "ctx77", "ctx154", "ctx512", "60.0", "unfinished"):
         assert word in text
@@ -178,9 +203,9 @@ def test_terminal(tmp_path: Path, sweep: list[RunFolder], width: int) -> None:
 def test_runs_without_a_single_point(tmp_path: Path) -> None:
     queued = make_run(tmp_path, experiment())
     result = collect([queued], tmp_path / "out")
-    assert result.warnings == ["ctx77: unfinished (0/1.0 k)"]
+    assert result.comparison.warnings == ("ctx77: unfinished (0/1.0 k)",)
     assert "not tested yet" in result.files[1].read_text()
-    with Image.open(result.files[2]) as image:
+    with Image.open(result.files[4]) as image:
         image.verify()
 
 
@@ -190,7 +215,7 @@ def test_no_runs(tmp_path: Path) -> None:
 
 
 def test_a_png_needs_no_pyplot(tmp_path: Path, sweep: list[RunFolder]) -> None:
-    curves(gather(sweep), tmp_path / "a.png")
+    curves(compare(gather(sweep)), [tmp_path / "a.png"])
     assert "matplotlib.pyplot" not in sys.modules
 
 
@@ -200,14 +225,14 @@ def test_smoothing_leaves_out_nan() -> None:
 
 
 def test_counts() -> None:
-    assert [gathering.count(n) for n in (640, 12_800, 6_300_000, 999_960)] == ["640", "12.8 k", "6.3 M", "1.0 M"]
+    assert [count(n) for n in (640, 12_800, 6_300_000, 999_960)] == ["640", "12.8 k", "6.3 M", "1.0 M"]
 
 
 def test_start_is_light_and_torch_is_not_needed(tmp_path: Path, sweep: list[RunFolder]) -> None:
     check = f"""
 import sys
 from pathlib import Path
-from longclip.collect.tables import collect
+from longclip.collect.collect import collect
 assert not {{"pandas", "matplotlib", "mlflow"}} & set(sys.modules)
 from longclip.run.folder import RunFolder
 collect([RunFolder(Path({str(sweep[0].path)!r}))], Path({str(tmp_path)!r}))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from longclip.data import decode
-from longclip.data.decode import square
+from longclip.data.decode import square, square_of
 from longclip.data.loader import Batch
 from longclip.model.packing import pack
 from longclip.model.towers import Pixels
@@ -120,6 +120,23 @@ def test_every_kind_of_jpeg_is_reduced(mode: str, progressive: bool) -> None:
     )
     assert found.shape == (100, 100, 3)
     assert np.abs(found - want).mean() < 1.5
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_deep_greys_are_refused(kind: type) -> None:
+    """Rather than clipped at 255, which makes them white."""
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(4096).reshape(64, 64).astype(kind)).save(stream, "TIFF")
+    with pytest.raises(ValueError, match="more than 8 bits a pixel"):
+        square(stream.getvalue(), 16, None)
+
+
+@pytest.mark.parametrize("shape", [(30, 41), (30, 41, 1), (41, 30, 3), (16, 16, 3), (16, 16)])
+def test_pixels_are_seen_as_their_file_is(shape: tuple[int, ...]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(stream, "PNG")
+    assert np.array_equal(square_of(pixels, 16), square(stream.getvalue(), 16, None))
 
 
 def test_images_are_normalised_as_the_tower_wants() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longclip.evaluate import ranking
+from longclip.evaluate.conventions import CONVENTIONS
 from longclip.evaluate.ranking import both_ways, match_table, ranks_of, retrieval
 
 
@@ -78,7 +79,7 @@ def test_clip_benchmark_s_convention(made: tuple[Tensor, Tensor, Tensor], k: int
 def test_without_ties_all_conventions_agree() -> None:
     random = torch.Generator().manual_seed(0)
     images, texts = (torch.randn(50, 8, generator=random) for _ in range(2))
-    for convention in ranking.CONVENTIONS:
+    for convention in CONVENTIONS:
         for a, b in zip(both_ways(images, texts), both_ways(images, texts, None, convention), strict=True):
             assert a.tolist() == b.tolist()
 

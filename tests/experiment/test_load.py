@@ -12,8 +12,9 @@ from pydantic_core import PydanticCustomError
 
 from longclip.errors import ExperimentError
 from longclip.experiment.identity import differences, hash_folder, identity, references, uid
-from longclip.experiment.load import load, short_name
+from longclip.experiment.load import load
 from longclip.experiment.schema import Experiment, parse_time
+from longclip.experiment.sweep import short_name
 from tests.experiment.test_broken import GOOD
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,80 @@ def test_grid_is_named_by_what_varies(tmp_path: Path) -> None:
     assert len({one.experiment.name for one in loaded}) == 8
     assert loaded[-1].axes == {"model.context_length": 512, "train.lr": 0.001, "train.seed": 1}
     assert loaded[-1].experiment.model.context_length == 512
+
+
+def points(folder: Path, sweep: str) -> dict[str, dict[str, object]]:
+    """Axes by name, of a file with this sweep."""
+    (folder / "g.yaml").write_text(GOOD.replace("name: good\n", "") + f"sweep: {sweep}\n")
+    return {one.experiment.name: one.axes for one in load([folder / "g.yaml"])}
+
+
+def test_zip_goes_side_by_side(tmp_path: Path) -> None:
+    found = points(tmp_path, "{zip: {train.lr: [3e-4, 1e-3], train.global_batch: [16, 32]}}")
+    assert found == {
+        "lr3e-4_b16": {"train.lr": 3e-4, "train.global_batch": 16},
+        "lr1e-3_b32": {"train.lr": 1e-3, "train.global_batch": 32},
+    }
+
+
+def test_a_list_gives_points_one_by_one_and_names_show_what_varies(tmp_path: Path) -> None:
+    found = points(
+        tmp_path,
+        "{list: [{train.seed: 1, train.lr: 1e-3, train.eps: 1e-6}, {train.lr: 1e-3, train.seed: 2, train.eps: 1e-6}]}",
+    )
+    assert list(found) == ["s1", "s2"]
+    assert found["s2"] == {"train.seed": 2, "train.lr": 1e-3, "train.eps": 1e-6}
+    assert list(points(tmp_path, "{list: [{train.seed: 1, train.lr: 1e-3}]}")) == ["s1_lr1e-3"]
+
+
+def test_grid_and_zip_and_list_combine(tmp_path: Path) -> None:
+    sweep = (
+        "{grid: {model.context_length: [77, 512]}, zip: {train.lr: [3e-4, 1e-3], train.warmup_steps: [1, 2]}, "
+        "list: [{train.seed: 0}, {train.seed: 5}]}"
+    )
+    found = points(tmp_path, sweep)
+    assert len(found) == 8
+    assert list(found)[:3] == [
+        "ctx77_lr3e-4_warmup_steps1_s0",
+        "ctx77_lr3e-4_warmup_steps1_s5",
+        "ctx77_lr1e-3_warmup_steps2_s0",
+    ]
+    (tmp_path / "g.yaml").write_text(GOOD.replace("name: good\n", "") + f"sweep: {sweep}\n")
+    last = load([tmp_path / "g.yaml"])[-1].experiment
+    assert (last.model.context_length, last.train.lr, last.train.warmup_steps, last.train.seed) == (512, 1e-3, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "said"),
+    [
+        (
+            "{zip: {train.lr: [1e-3, 2e-3], train.seed: [0]}}",
+            "g.yaml:17: sweep.zip.train.seed: has 1 values, train.lr has 2",
+        ),
+        ("{zip: {train.lr: 1e-3}}", "g.yaml:17: sweep.zip.train.lr: is a list of at least one value"),
+        ("{zip: 3}", "g.yaml:17: sweep.zip: is a mapping of dotted keys"),
+        ("{list: {train.lr: 1e-3}}", "g.yaml:17: sweep.list: is a list of points"),
+        ("{list: [{train.seed: 1}, 3]}", "g.yaml:17: sweep.list.1: is a mapping"),
+        (
+            "{list: [{train.seed: 1}, {train.lr: 1e-3}]}",
+            "g.yaml:17: sweep.list.1: every point gives the same keys; train.lr, train.seed",
+        ),
+        (
+            "\n  grid: {train.seed: [1]}\n  list:\n  - {train.seed: 1}",
+            "g.yaml:20: sweep.list.0.train.seed: train.seed is also in sweep.grid",
+        ),
+        ("{grid: {train.seed: [1, 1]}}", "g.yaml:17: sweep: twice: train.seed 1"),
+        ("\n  list:\n  - {train.seed: 1}\n  - {train.sede: 1}", "g.yaml:20: sweep.list.1: every point"),
+        ("\n  list:\n  - {train.sede: 1}", "g.yaml:19: train.sede: unknown key; did you mean seed?"),
+        ("{grdi: {train.seed: [1]}}", "g.yaml:17: sweep: valid is 'grid: "),
+        ("[]", "g.yaml:17: sweep: valid is 'grid: "),
+    ],
+)
+def test_mistakes_in_a_sweep(sweep: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError) as caught:
+        points(tmp_path, sweep)
+    assert len(caught.value.mistakes) == 1
+    assert said in str(caught.value)
 
 
 def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_scancel_of_a_run_that_waits_is_no_fault_of_its_canary(sweep: Path, clus
         assert time.monotonic() < deadline, row
         time.sleep(1)
     assert len(queue()) == 1
-    assert "(collect or canary)" in longclip("cancel", "small", "--runs", runs, cwd=sweep.parent)
+    assert "(collect, canary or evaluate)" in longclip("cancel", "small", "--runs", runs, cwd=sweep.parent)
     empty(20)
 
 

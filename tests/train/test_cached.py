@@ -157,6 +157,15 @@ def test_a_validation_set_that_does_not_divide(fast: Groups) -> None:
     assert [scores["pairs"] for scores in got["scores"]] == [22, 16, 2]
 
 
+def test_the_towers_run_apart_as_well(fast: Groups) -> None:
+    """A suite's figures on the same ranks, before and after the towers ran together: those of one model alone."""
+    got = fast[3]["score"]
+    for facts in got["apart"]:
+        assert facts.pop("metrics") == pytest.approx(got["alone"]["metrics"])
+        assert facts == {key: value for key, value in got["alone"].items() if key != "metrics"}
+    assert got["alone"]["pairs"] == 22
+
+
 def test_pairs_are_dealt_evenly() -> None:
     whole = part(0, 0, 1)
     places, micros = deal(whole, 4)

@@ -26,8 +26,12 @@ from longclip.data.shards import open_dataset
 from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer
 from longclip.errors import LongclipError
+from longclip.evaluate.embed import Embedder
+from longclip.evaluate.gallery import open_gallery
+from longclip.evaluate.pairs import retrieve
 from longclip.evaluate.ranking import both_ways, retrieval
 from longclip.evaluate.retrieval import evaluate
+from longclip.evaluate.suite import Retrieval
 from longclip.model.clip import build
 from longclip.model.towers import Pixels
 from longclip.train import cached, checkpoint, engine, loop, loss, ranks
@@ -122,16 +126,27 @@ def named_grads(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 
 def score(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
-    """Retrieval by the engine of all ranks, and by one model that sees all pairs at once."""
+    """Retrieval by the engine of all ranks, and by one model that sees all pairs at once; both ways of scoring, in
+    turn, so that the towers are called together, then apart, then together."""
     asked = small_clip.experiment(job)
     half = (0.5, 0.5, 0.5)
     reader = Reader(open_dataset(job["data"]), Tokenizer(job["tokenizer"], 48), Pixels(16, half, half), Text("txt"))
     running = started(asked, me)
     signal.alarm(60)  # ranks that wait for each other are ended
+    gallery = open_gallery(job["data"], "txt")
+    asked_of = Retrieval.model_validate({"kind": "retrieval", "data": "x", "windows": [9], "probes": ["first"]})
+
+    def towers_apart(called: Any, module: torch.nn.Module, who: ranks.Ranks) -> dict[str, Any]:
+        embedder = Embedder(called, module, reader.tokenizer, reader.pixels, who, job["batch"])
+        return retrieve(embedder, asked_of, gallery).facts
+
+    apart = towers_apart(running, running.module, me)
     scores = [evaluate(running, running.module, reader, job["batch"], me, first=first) for first in job["first"]]
+    apart_again = towers_apart(running, running.module, me)
     signal.alarm(0)
     running.destroy()
     model, expected = build(asked.model, asked.train.seed).eval(), []
+    alone = towers_apart(model, model, ranks.Ranks(0, 1, 0, me.device))
     for first in job["first"]:
         whole = reader.batch([(0, i) for i in range(first)], [None] * first)
         with torch.no_grad():
@@ -139,7 +154,7 @@ def score(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
         expected.append(
             retrieval(*both_ways(image[whole.valid], text[whole.valid])) | {"pairs": int(whole.valid.sum())}
         )
-    return {"scores": scores, "expected": expected}
+    return {"scores": scores, "expected": expected, "apart": [apart, apart_again], "alone": alone}
 
 
 def memory(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:

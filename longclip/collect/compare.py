@@ -1,0 +1,303 @@
+"""Rows side by side: windows within groups equal in every other axis, seeds folded, differences to the smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from longclip.collect import intervals
+from longclip.collect.arms import Arm, arms_of, best_of, called, choose, fold, mean_of, missing_seeds
+from longclip.collect.checks import differences, undeclared
+from longclip.collect.comparison import MEAN, RECALLS, VAL, Cell, Comparison, Delta, Line
+from longclip.collect.progress import area, at, hours_at, last_evaluation
+from longclip.collect.references import Reference
+from longclip.collect.row import TEST, Row, Scores, count, reaches, state
+from longclip.collect.scores import External
+from longclip.errors import UserError
+
+
+def compare(
+    rows: Sequence[Row],
+    externals: Sequence[External] = (),
+    references: Sequence[Reference] = (),
+    best_over: Sequence[str] = (),
+    allow_differences: bool = False,
+    trim: bool = False,
+    goal: float | None = None,
+) -> Comparison:
+    """Lines of all ``rows``, then models from outside, then what papers report.
+
+    Raises:
+        UserError: rows differ in what nobody declared, unless ``allow_differences``; ``best_over`` is no axis.
+    """
+    odd = undeclared(rows)
+    if odd and not allow_differences:
+        raise UserError("\n".join(map(str, odd)), "--allow-differences collects them all the same, and marks them")
+    arms = arms_of(rows, odd)
+    cut = min((s for r in rows if (s := last_evaluation(r)) is not None), default=None) if trim else None
+    arms, choices = choose(arms, best_over, cut)
+    lines = [line for arm in arms for line in _lines(arm, arms, cut, goal)]
+    lines += [line for model in externals for line in _external(model, lines)]
+    lines = [_against(line, _baseline(line, lines)) for line in lines]
+    lines += [_reported(one) for one in references]
+    order = list(dict.fromkeys(line.task for line in lines))
+    order.sort(key=lambda task: task not in (TEST, VAL))
+    lines.sort(key=lambda line: order.index(line.task))
+    said = [*differences(rows), *missing_seeds(arms), *_cut_off(rows, cut)]
+    return Comparison(tuple(rows), tuple(lines), tuple(said), tuple(choices), cut, goal)
+
+
+def _cut_off(rows: Sequence[Row], cut: int | None) -> list[str]:
+    if cut is None:
+        return []
+    early = [r.name for r in rows if last_evaluation(r, cut) is None]
+    said = [f"all compared at {count(cut)} samples, on validation: the least advanced run's last evaluation"]
+    return said + ([f"not evaluated by then, and left out: {', '.join(early)}"] if early else [])
+
+
+# ---- lines -------------------------------------------------------------------------------------------------------
+
+
+def _lines(arm: Arm, arms: Sequence[Arm], cut: int | None, goal: float | None) -> Iterable[Line]:
+    """One for the runs that count, on each task at each window; one for every other run."""
+    done = arm.done(cut)
+    if done:
+        smallest = next(a for a in arms if a.group == arm.group)
+        name = called(done) if len(done) > 1 else done[0].name
+        whole = Line(
+            "measured",
+            name,
+            TEST if cut is None else VAL,
+            arm.window,
+            arm.window,
+            arm.sweep,
+            arm.axes,
+            done,
+            True,
+            _state(done, cut),
+            accuracy=fold([float(np.mean(list(r.accuracy.values()))) for r in done if r.accuracy], len(done)),
+            waste=mean_of([r.waste for r in done]),
+            padding_avoided=mean_of([r.padding_avoided for r in done]),
+            best=best_of(done, cut),
+            area=fold([a for r in done if (a := area(r, cut)) is not None], len(done)),
+            samples=mean_of([min(r.samples, cut) if cut else r.samples for r in done]),
+            test_samples=mean_of([r.test_samples for r in done]) if cut is None else None,
+            total=done[0].total,
+            hours=sum(r.hours for r in done),
+            hours_lost=sum(r.hours_lost for r in done),
+            marks=arm.marks,
+        )
+        whole = _with_goals(whole, smallest.done(cut), cut, goal)
+        yield from _by_task(whole) if cut is None else [_at_cut(whole, cut)]
+    for row in arm.rows:
+        if row not in done:
+            yield Line(
+                "measured",
+                row.name,
+                TEST if cut is None else VAL,
+                arm.window,
+                arm.window,
+                arm.sweep,
+                arm.axes,
+                (row,),
+                False,
+                state(row),
+                waste=row.waste,
+                padding_avoided=row.padding_avoided,
+                best=best_of((row,), cut),
+                samples=row.samples,
+                total=row.total,
+                hours=row.hours,
+                hours_lost=row.hours_lost,
+                marks=arm.marks,
+            )
+
+
+def _state(rows: Sequence[Row], cut: int | None) -> str:
+    words = "finished" if all(r.finished for r in rows) else state(next(r for r in rows if not r.finished))
+    return words if len(rows) == 1 else f"{words}, {len(rows)} seeds"
+
+
+def _by_task(line: Line) -> Iterable[Line]:
+    """The line on the test set (also of runs that have none), then on its other windows and on the suites' tasks."""
+    places = list(dict.fromkeys((s.task, s.window) for r in line.rows for s in r.scores))
+    own = (TEST, line.window)
+    if own not in places:
+        yield line
+    for task, window in sorted(places, key=lambda p: (p[0] != TEST, p != own)):
+        found = [next((s for s in r.scores if (s.task, s.window) == (task, window)), None) for r in line.rows]
+        there = [s for s in found if s is not None]
+        rows = tuple(r for r, s in zip(line.rows, found, strict=True) if s is not None)
+        scored = replace(
+            line,
+            task=task,
+            evaluated=window,
+            rows=rows,
+            scored=tuple(there),
+            scores=scores_of(there),
+            ceiling=there[0].ceiling,
+            data=there[0].data,
+            called=there[0].called,
+        )
+        # What training cost and how it went is said once, in the line of the test set.
+        yield scored if (task, window) == own else _without_training(scored, there)
+
+
+def _without_training(line: Line, there: Sequence[Scores]) -> Line:
+    blank = dict.fromkeys(
+        ("best", "area", "samples_to", "hours_to", "samples_to_goal", "hours_to_goal", "hours", "hours_lost")
+    )
+    waste = mean_of([s.metrics.get("waste") for s in there])
+    blank |= dict.fromkeys(("samples", "test_samples", "total", "padding_avoided", "accuracy"))
+    state = "same weights" if not line.own or line.task == TEST else ""
+    return replace(line, waste=waste, state=state, **blank)  # type: ignore[arg-type]
+
+
+def scores_of(there: Sequence[Scores]) -> dict[str, Cell]:
+    """The metrics of one task and window, each folded over the seeds; recalls with their intervals over queries."""
+    same = len({(s.data, s.convention) for s in there}) == 1
+    found = {}
+    for name in dict.fromkeys(k for s in there for k in s.metrics):
+        values = tuple(float(s.metrics[name]) for s in there if name in s.metrics)
+        cell = Cell(float(np.mean(values)), values)
+        if name in RECALLS and len(values) == len(there) and same:
+            side, k = name[:3], int(name.rpartition("_")[2])
+            if len(there) == 1 and there[0].queries.get(side):
+                ours = intervals.share(values[0], there[0].queries[side])
+                cell = replace(cell, low=ours.low, high=ours.high)
+            elif all(side in s.ranks for s in there):
+                ours = intervals.mean_share([intervals.hits(s.ranks[side], k) for s in there])
+                cell = replace(cell, low=ours.low, high=ours.high)
+        found[name] = cell
+    return found
+
+
+def _at_cut(line: Line, cut: int) -> Line:
+    """Its scores on validation at the last evaluation up to ``cut``."""
+    scores = {}
+    for name in (MEAN, "i2t_recall_at_1", "t2i_recall_at_1"):
+        values = [v for r in line.rows if (v := at(r, f"val/{name}", cut)) is not None]
+        if len(values) != len(line.rows):
+            continue
+        scores[name] = Cell(float(np.mean(values)), tuple(values))
+        pairs = at(line.rows[0], "val/pairs", cut)
+        if len(values) == 1 and pairs and name != MEAN:
+            ours = intervals.share(values[0], int(pairs))
+            scores[name] = Cell(values[0], tuple(values), ours.low, ours.high)
+    return replace(line, scores=scores, data=str(line.rows[0].identity.get("data.val", "")), called="validation")
+
+
+def _with_goals(line: Line, smallest: Sequence[Row], cut: int | None, goal: float | None) -> Line:
+    """How soon each run was as good as the smallest window of its seed ever was, and as the ``goal``."""
+    goals = {r.seed: b.value for r in smallest if (b := best_of((r,), cut)) is not None}
+    found: dict[str, list[float]] = {k: [] for k in ("samples_to", "hours_to", "samples_to_goal", "hours_to_goal")}
+    for row in line.rows:
+        for name, value in (("to", goals.get(row.seed)), ("to_goal", goal)):
+            curve = [(s, v) for s, v in row.val if cut is None or s <= cut]
+            reached = None if value is None else reaches(curve, value)
+            if reached is not None:
+                found[f"samples_{name}"].append(reached)
+                found[f"hours_{name}"].append(hours_at(row, reached))
+    return replace(line, **{k: fold(v, len(line.rows)) for k, v in found.items()})  # type: ignore[arg-type]
+
+
+def _external(model: External, lines: Sequence[Line]) -> Iterable[Line]:
+    """A model from outside on its tasks; what is on the test set of the runs stands among them."""
+    tested = {line.data for line in lines if line.task == TEST and line.data}
+    accuracy = fold([float(np.mean(list(model.accuracy.values())))], 1) if model.accuracy else None
+    places = [(TEST if s.data in tested else s.task, s) for s in model.scores]
+    if accuracy and not any(task == TEST for task, _ in places):
+        places.insert(0, (TEST, Scores(TEST, "", model.context_length or 0, {}, {})))
+    for task, s in places:
+        yield Line(
+            "external",
+            model.name,
+            task,
+            model.context_length,
+            s.window or None,
+            "",
+            {},
+            (),
+            True,
+            "external",
+            scored=(s,),
+            scores=scores_of([s]) if s.metrics else {},
+            accuracy=accuracy if task == TEST else None,
+            waste=s.metrics.get("waste"),
+            source=model.source,
+            data=s.data,
+            called=s.called,
+        )
+
+
+def _reported(one: Reference) -> Line:
+    scores = {k: Cell(v, (v,)) for k, v in one.metrics.items() if k != "accuracy"}
+    value = one.metrics.get("accuracy")
+    accuracy = None if value is None else Cell(value, (value,))
+    return Line(
+        "reported",
+        one.name,
+        one.task,
+        one.window,
+        one.window,
+        "",
+        {},
+        (),
+        True,
+        "reported, not measured",
+        scores=scores,
+        accuracy=accuracy,
+        source=one.source,
+    )
+
+
+# ---- differences -------------------------------------------------------------------------------------------------
+
+
+def _baseline(line: Line, lines: Sequence[Line]) -> Line | None:
+    """The line of the smallest window of its group, at its own window, on the same queries."""
+    if line.kind == "external":
+        groups = {repr((x.sweep, sorted(x.axes.items()))) for x in lines if x.kind == "measured"}
+        if len(groups) != 1:
+            return None
+        group = [x for x in lines if x.kind == "measured"]
+    else:
+        group = [x for x in lines if x.kind == "measured" and (x.sweep, x.axes) == (line.sweep, line.axes)]
+    smallest = min((x.window for x in group if x.window), default=None)
+    found = [x for x in group if x.window == smallest and x.own and x.counts and x.task == line.task]
+    found.sort(key=lambda x: bool(x.marks))
+    return found[0] if found and found[0] is not line else None
+
+
+def _against(line: Line, base: Line | None) -> Line:
+    if base is None or not line.counts or not line.scores or not line.data or line.data != base.data:
+        return line
+    deltas = {}
+    for name in (*RECALLS, MEAN):
+        if name in line.scores and name in base.scores:
+            deltas[name] = _delta(name, line, base)
+    return replace(line, deltas=deltas, baseline=base.name)
+
+
+def _delta(name: str, line: Line, base: Line) -> Delta:
+    ours, theirs = _by_seed(line, name), _by_seed(base, name)
+    if common := [s for s in ours if s in theirs]:
+        ours, theirs = [{s: part[s] for s in common} for part in (ours, theirs)]
+    value = float(np.mean([v for v, _ in ours.values()]) - np.mean([v for v, _ in theirs.values()]))
+    side, k = name[:3], name.rpartition("_")[2]
+    scored = [*(s for _, s in ours.values()), *(s for _, s in theirs.values())]
+    known = [s for s in scored if s is not None and side in s.ranks]
+    if name == MEAN or len(known) < len(scored) or len({s.convention for s in known}) > 1:
+        return Delta(value, None, None, len(ours))
+    after, before = ([intervals.hits(s.ranks[side], int(k)) for _, s in part.values() if s] for part in (ours, theirs))
+    found = intervals.difference(before, after)
+    return Delta(value, found.low, found.high, len(ours))
+
+
+def _by_seed(line: Line, name: str) -> dict[int | None, tuple[float, Scores | None]]:
+    """The value, and the scores that it is from (validation keeps none); a model from outside has no seed."""
+    seeds: Sequence[int | None] = [row.seed for row in line.rows] or [None]
+    scored: Sequence[Scores | None] = line.scored or [None] * len(seeds)
+    return dict(zip(seeds, zip(line.scores[name].by_seed, scored, strict=True), strict=True))

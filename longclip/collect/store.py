@@ -1,0 +1,146 @@
+"""Rows from an MLflow store or server, through its plain client: the same tables without the run folders.
+
+``longclip sync`` leaves a run's summary there as tags and its curves as metrics, so ``table.csv`` comes out the same,
+byte for byte, as of the last sync. What MLflow does not hold: the ranks of single queries (differences then have no
+intervals, and neither have means over seeds) and what suites say, unless the run's ``evaluations`` folder is among its
+artifacts, and points beyond the newest checkpoint of a run that still goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from longclip.collect.gather import arranged, row_of
+from longclip.collect.row import CURVES, Curve, Row
+from longclip.collect.scores import of_suites, of_test
+from longclip.errors import SiteError, UserError
+from longclip.track import facts
+
+ARTIFACTS = "evaluations"
+"""of a run, where they were uploaded: as in its folder"""
+PAGE = 1000
+
+
+def gather_from(uri: str, targets: Sequence[str]) -> list[Row]:
+    """A row for every run of the sweeps (or ``sweep/run``) in ``targets``, in the order of :func:`gather`.
+
+    Raises:
+        UserError: the URI is neither http(s) nor SQLite, the database is not there, or nothing in it is called so.
+        SiteError: the store cannot be read.
+    """
+    _check(uri)
+    with _told(uri):
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=uri)
+        experiments = [e.experiment_id for e in client.search_experiments()]
+        return arranged([_row(client, run) for target in targets for run in _runs(client, experiments, target, uri)])
+
+
+def _runs(client: Any, experiments: list[str], target: str, uri: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The runs that ``target`` names, each with its summary; parents, and runs of others, have none."""
+    sweep, _, name = target.partition("/")
+    found, without = [], []
+    for run in _search(client, experiments, f"tags.`longclip.sweep` = '{sweep}'") if "'" not in sweep else ():
+        if "longclip.uid" not in run.data.tags or name not in ("", run.info.run_name, run.info.run_name[:-9]):
+            continue
+        known = facts.read(run.data.tags)
+        if known is None:
+            without.append(run.info.run_name)
+        else:
+            found.append((run, known))
+    if without:
+        raise UserError(
+            f"{', '.join(without[:4])}: {len(without)} runs without a summary, by an older longclip", "longclip sync"
+        )
+    if not found:
+        there = {run.data.tags.get("longclip.sweep") for run in _search(client, experiments, "")} - {None}
+        raise UserError(
+            f"{target}: no such sweep in {_shown(uri)}; there are: {', '.join(sorted(map(str, there))) or 'none'}",
+            "longclip sync sends runs there",
+        )
+    yield from found
+
+
+def _search(client: Any, experiments: list[str], which: str) -> Iterator[Any]:
+    token = None
+    while True:
+        page = client.search_runs(experiments, which, max_results=PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _row(client: Any, found: tuple[Any, dict[str, Any]]) -> Row:
+    run, known = found
+    run_id = run.info.run_id
+    curves = {name: _curve(client, run_id, name) for name in CURVES if name in run.data.metrics}
+    row = row_of(known, curves, None)
+    if not any(f.path == ARTIFACTS for f in _artifacts(client, run_id)):
+        return row
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(client.download_artifacts(run_id, ARTIFACTS, folder))
+        test = of_test(known["test"], there / "test.json", known["test_set"])
+        suites, accuracy, records, missing = of_suites(there, (known["test"] or {}).get("checkpoint"), row.test_hash)
+    suites = [s for s in suites if not any((s.task, s.window) == (t.task, t.window) for t in test)]
+    return replace(row, scores=(*test, *suites), accuracy=accuracy, records=records, notes=tuple(missing))
+
+
+def _artifacts(client: Any, run_id: str) -> list[Any]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return list(client.list_artifacts(run_id))
+    except (MlflowException, OSError):  # a store of artifacts that this machine cannot reach holds none for it
+        return []
+
+
+def _curve(client: Any, run_id: str, name: str) -> Curve:
+    """One metric; of a position that was sent twice, the later measurement."""
+    points = sorted((p.step, p.timestamp, p.value) for p in client.get_metric_history(run_id, name))
+    last = {step: (step, value, stamp / 1000) for step, stamp, value in points}
+    return Curve.of(last.values())
+
+
+def _check(uri: str) -> None:
+    if uri.startswith(("http://", "https://")):
+        return
+    file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if not uri.startswith("sqlite:///") or not file.name:
+        raise UserError(f"--mlflow {_shown(uri)}: valid is http://HOST:PORT, https://HOST, or sqlite:///PATH/mlflow.db")
+    if not file.is_file():
+        raise UserError(f"--mlflow {uri}: no such database", "longclip sync makes it")
+
+
+def _shown(uri: str) -> str:
+    """Without user and password."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+@contextlib.contextmanager
+def _told(uri: str) -> Iterator[None]:
+    """Short patience with servers, and their errors as one line."""
+    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+    ours = {k: v for k, v in ours.items() if k not in os.environ}
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.update(ours)
+    try:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (MlflowException, SQLAlchemyError, OSError) as error:
+            lines = _shown(str(error)).strip().splitlines() or [type(error).__name__]
+            raise SiteError(f"MLflow at {_shown(uri)}: {lines[0][:300]}", "collect from the run folders") from None
+    finally:
+        for key in ours:
+            os.environ.pop(key, None)
