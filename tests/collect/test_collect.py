@@ -154,7 +154,7 @@ def test_unequal_and_unfinished_are_said(tmp_path: Path, sweep: list[RunFolder])
 def test_files(tmp_path: Path, sweep: list[RunFolder]) -> None:
     result = collect(sweep, tmp_path / "deep" / "results")
     assert [f.name for f in result.files] == [
-        *("table.csv", "table.md", "table.tex", "table.json"),
+        *("table.csv", "table.md", "table.tex", "table.json", "report.html"),
         *("curves.png", "curves.svg", "curves.pdf"),
     ]
     assert result.comparison.warnings == ("ctx154: unfinished (400/1.0 k)",)
