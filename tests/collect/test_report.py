@@ -15,6 +15,8 @@ from PIL import Image
 
 from longclip.collect.collect import Options, collect
 from longclip.collect.command import typed
+from longclip.collect.compare import compare
+from longclip.collect.gather import gather
 from longclip.collect.report import number, report
 from longclip.collect.upload import headlines
 from longclip.data.index import index_folder
@@ -24,8 +26,7 @@ from longclip.run.evaluations import write_arrays
 from longclip.run.folder import RunFolder, read_json, write_json
 from tests import chromium
 from tests.chromium import Page, browser
-from tests.helpers import experiment, finished_run
-from tests.helpers import train as journal
+from tests.helpers import add_attempt, end, experiment, finished_run, make_run, train
 
 HOSTILE = "</script><script>window.owned = 1</script><img src=x onerror='window.owned = 2'>&amp; \"quoted\""
 PAIRS = 40
@@ -92,11 +93,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> list[RunFolder]:
         val = {500: hits / 80, 1000: hits / PAIRS}
         run = finished_run(folder, experiment(window), val, sweep="a<b>&c", i2t=0.1, t2i=0.1)
         runs.append(ranked(run, data, hits))
-    from tests.helpers import add_attempt, end, make_run
-
     failed = make_run(folder, experiment(154), "a<b>&c")
     attempt = add_attempt(failed, 0)
-    journal(attempt, 0, 400, 60, val={400: 0.1})
+    train(attempt, 0, 400, 60, val={400: 0.1})
     end(attempt, "crashed", 400, 200, HOSTILE)
     return [*runs, failed]
 
@@ -174,7 +173,7 @@ def test_no_examples_without_their_reason(sweep: list[RunFolder], tmp_path: Path
     ]
 
     def why() -> str:
-        text = "".join(Seen((collect(runs, tmp_path / "out").files[4]).read_text()).text["p"])
+        text = "".join(Seen(report(compare(gather(runs)))).text["p"])
         found = re.search(r"None are shown: (.*?)\.(?=Written|This page|The runs|$)", text)
         return found[1] if found else ""
 
@@ -189,7 +188,7 @@ def test_no_examples_without_their_reason(sweep: list[RunFolder], tmp_path: Path
     for run in runs:
         (run.evaluations / "test.npz").unlink()
     assert "ranks of single queries were not kept" in why()
-    assert "no two windows" in report(collect(runs[:1], tmp_path / "out").comparison)
+    assert "no two windows" in report(compare(gather(runs[:1])))
 
 
 @pytest.mark.parametrize(
@@ -220,8 +219,8 @@ def test_the_command_has_no_password() -> None:
     assert said == "longclip collect 'a b' --mlflow https://host/x"
 
 
-def test_means_for_mlflow(sweep: list[RunFolder], tmp_path: Path) -> None:
-    found = headlines(collect(sweep, tmp_path).comparison)
+def test_means_for_mlflow(sweep: list[RunFolder]) -> None:
+    found = headlines(compare(gather(sweep)))
     assert found == {"a<b>&c": {"Recall at 1/77": 0.25, "Recall at 1/512": 0.625}}
 
 
@@ -291,10 +290,13 @@ def test_dragging_a_box_zooms_and_a_double_click_shows_all(opened: Page) -> None
     settled = "new Promise(done => setTimeout(done, 400))"
     opened.run(settled)
     assert opened.run(span) == pytest.approx(0.3 * before, rel=0.05)
-    for count in (1, 2):
-        for what in ("mousePressed", "mouseReleased"):
-            opened.mouse(what, *places[1], clickCount=count)
-    opened.run(settled)
+    for _ in range(5):  # on a busy machine two clicks may be too far apart to be a double one
+        for count in (1, 2):
+            for what in ("mousePressed", "mouseReleased"):
+                opened.mouse(what, *places[1], clickCount=count)
+        opened.run(settled)
+        if opened.run(span) > 0.9 * before:
+            break
     assert opened.run(span) == pytest.approx(before, rel=0.01)
 
 
