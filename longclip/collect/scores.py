@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,16 @@ def of_suites(
                 scores += _windows(called, name, task, record, arrays, f"{suite}/{name}")
     missing = [f"suite {s}: not evaluated at {checkpoint}, only at {', '.join(c)}" for s, c in others.items()]
     return scores, accuracy, whole, [line for line, suite in zip(missing, others, strict=True) if suite not in whole]
+
+
+def together(test: Sequence[Scores], suites: Sequence[Scores]) -> tuple[Scores, ...]:
+    """Each task and window once. What a suite says more of the test set at the run's own window (probes, strata) is
+    added to what the run said of it by itself."""
+    found = {(s.task, s.window): s for s in test}
+    for one in suites:
+        own = found.get((one.task, one.window))
+        found[one.task, one.window] = one if own is None else replace(own, metrics={**one.metrics, **own.metrics})
+    return tuple(found.values())
 
 
 def _windows(
