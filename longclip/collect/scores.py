@@ -85,13 +85,17 @@ def of_suites(
 
 
 def together(test: Sequence[Scores], suites: Sequence[Scores]) -> tuple[Scores, ...]:
-    """Each task and window once. What a suite says more of the test set at the run's own window (probes, strata) is
-    added to what the run said of it by itself."""
-    found = {(s.task, s.window): s for s in test}
-    for one in suites:
-        own = found.get((one.task, one.window))
-        found[one.task, one.window] = one if own is None else replace(own, metrics={**one.metrics, **own.metrics})
-    return tuple(found.values())
+    """A run's own scores on its test set, then those of suites; what a suite says of the same task and window (probes,
+    strata, ranks where none were kept) is added to the run's own, which stand where both have a figure."""
+    found = []
+    for ours in test:
+        same = [s for s in suites if (s.task, s.window, s.data) == (ours.task, ours.window, ours.data)]
+        metrics = {k: v for s in reversed(same) for k, v in s.metrics.items()} | dict(ours.metrics)
+        # Ranks by another convention than that of the figures beside them would be of other queries.
+        alike = next((s.ranks for s in same if s.ranks and s.convention == ours.convention), {})
+        found.append(replace(ours, metrics=metrics, ranks=ours.ranks or alike))
+    known = {(s.task, s.window) for s in test}
+    return (*found, *(s for s in suites if (s.task, s.window) not in known))
 
 
 def _windows(

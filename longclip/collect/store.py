@@ -90,8 +90,7 @@ def _row(client: Any, found: tuple[Any, dict[str, Any]]) -> Row:
         there = Path(client.download_artifacts(run_id, ARTIFACTS, folder))
         test = of_test(known["test"], there / "test.json", known["test_set"])
         suites, accuracy, records, missing = of_suites(there, (known["test"] or {}).get("checkpoint"), row.test_hash)
-    scores = together(test, suites)
-    return replace(row, scores=scores, accuracy=accuracy, records=records, notes=tuple(missing))
+    return replace(row, scores=together(test, suites), accuracy=accuracy, records=records, notes=tuple(missing))
 
 
 def _artifacts(client: Any, run_id: str) -> list[Any]:
