@@ -221,7 +221,7 @@ def test_the_command_has_no_password() -> None:
 
 def test_means_for_mlflow(sweep: list[RunFolder]) -> None:
     found = headlines(compare(gather(sweep)))
-    assert found == {"a<b>&c": {"Recall at 1/77": 0.25, "Recall at 1/512": 0.625}}
+    assert found == {"a<b>&c": {"sweep/Recall at 1/77": 0.25, "sweep/Recall at 1/512": 0.625}}
 
 
 # ---- in a browser --------------------------------------------------------------------------------------------------
