@@ -13,6 +13,7 @@ from longclip.run.folder import RunFolder, read_json, write_json
 from longclip.track.mlflow import sync
 from longclip.track.parent import log_results, shared, together
 from tests.helpers import add_attempt, end, experiment, finished_run, make_run, save_checkpoint, save_test, train
+from tests.launch.small import longclip
 from tests.track.test_mlflow import client, history
 
 PARENT = "mlflow.parentRunId"
@@ -151,6 +152,20 @@ def test_results_are_under_the_parent_and_replaced(tmp_path: Path, store: str) -
     log_results(runs, files, long, {}, store)
     note = parent_of(store, tmp_path / "runs", "results").data.tags["mlflow.note.content"]
     assert len(note) <= 8000 and re.search(r"\| a \| table \|\n\n\.\.\. the rest is in results/table.md", note)
+
+
+def test_collect_says_where_its_results_are(tmp_path: Path, store: str) -> None:
+    for window in (77, 512):
+        arm(tmp_path / "runs", window, "shown")
+    site = tmp_path / "site.yaml"
+    site.write_text(f"name: here\nruns: {tmp_path / 'runs'}\ntracking: {store}\n")
+    said = longclip("collect", "shown", "--site", str(site), cwd=tmp_path)
+    assert "MLflow: shown (2 runs synced)" in said and "MLflow: results under shown" in said
+    parent = parent_of(store, tmp_path / "runs", "shown")
+    files = {f.path for f in client(store).list_artifacts(parent.info.run_id, "results")}
+    assert {"results/report.html", "results/table.md", "results/curves.png"} <= files
+    assert parent.data.metrics["sweep/Recall at 1/train.lr 0.001/512"] == 0.512
+    assert "ctx512" in parent.data.tags["mlflow.note.content"]
 
 
 def test_suites_of_the_chosen_checkpoint_are_metrics(tmp_path: Path, store: str) -> None:
