@@ -76,7 +76,7 @@ class Page:
 
     def mouse(self, what: str, x: float, y: float, **more: Any) -> None:
         """``mousePressed``, ``mouseMoved`` or ``mouseReleased`` with the left button."""
-        self.send("Input.dispatchMouseEvent", type=what, x=x, y=y, button="left", clickCount=1, **more)
+        self.send("Input.dispatchMouseEvent", type=what, x=x, y=y, button="left", **{"clickCount": 1, **more})
 
     def errors(self) -> list[str]:
         """What the console shows in red, and what a script threw."""

@@ -74,8 +74,8 @@ def examples(comparison: Comparison) -> Examples:
         return Examples(missing=f"{short_row.name} does not record where its test set lay")
     try:
         dataset = open_dataset(place)
-    except (LongclipError, OSError) as error:
-        return Examples(missing=f"the test set is not readable where it was: {error}")
+    except LongclipError as error:
+        return Examples(missing=f"the test set is not readable where it was: {error.message}")
     if dataset.hash != short.data:
         return Examples(missing=f"the shards at {place} are not those that were scored (their hash differs)")
     if len(dataset) != len(short.ranks["i2t"]):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from longclip.collect.row import Curve, Row, curves_of, reaches
-from longclip.collect.scores import of_suites, of_test
+from longclip.collect.scores import of_suites, of_test, together
 from longclip.run.attempts import attempts_of
 from longclip.run.folder import RunFolder
 from longclip.run.journal import laid, read_points
@@ -68,9 +68,8 @@ def _row(run: RunFolder) -> Row:
     row = row_of(facts, curves_of(laid(attempts, journals)), run)
     chosen = (facts["test"] or {}).get("checkpoint")
     suites, accuracy, records, missing = of_suites(run.evaluations, chosen, row.test_hash)
-    # On the test set at its own window a run was scored by itself already.
-    suites = [s for s in suites if not any((s.task, s.window) == (t.task, t.window) for t in row.scores)]
-    return replace(row, scores=(*row.scores, *suites), accuracy=accuracy, records=records, notes=tuple(missing))
+    scores = together(row.scores, suites)
+    return replace(row, scores=scores, accuracy=accuracy, records=records, notes=tuple(missing))
 
 
 def _baseline(row: Row, rows: Iterable[Row]) -> Row | None:

@@ -78,27 +78,27 @@ def _windows(comparison: Comparison) -> Figure:
 def _curves(comparison: Comparison, lines: Sequence[Line], axis: str, clock: Any) -> Figure:
     data: list[Figure] = []
     for i, line in enumerate(lines):
-        found = [plots._of(row, RECALL, comparison.cut) for row in line.rows]
-        places = [c.samples.astype(float) for c in found] if clock is None else plots._clock(line, found, clock)
-        data += _line(i, plots._label(line), found, places, 100, "lines+markers")
-    return {"data": data, "layout": _layout(axis, "Recall@1 [%], mean of both directions")}
+        found = [plots.curve_of(row, RECALL, comparison.cut) for row in line.rows]
+        places = [c.samples.astype(float) for c in found] if clock is None else plots.clocks(line, found, clock)
+        data += _line(i, plots.label_of(line), found, places, 100, "lines+markers")
+    return {"data": data, "layout": _layout(axis, "mean Recall@1 [%]")}
 
 
 def _losses(comparison: Comparison, lines: Sequence[Line]) -> Figure:
     data: list[Figure] = []
     for i, line in enumerate(lines):
-        found = [plots._thin(plots._of(row, LOSS, comparison.cut)) for row in line.rows]
-        data += _line(i, plots._label(line), found, [c.samples.astype(float) for c in found], 1, "lines")
+        found = [plots.thinned(plots.curve_of(row, LOSS, comparison.cut)) for row in line.rows]
+        data += _line(i, plots.label_of(line), found, [c.samples.astype(float) for c in found], 1, "lines")
     return {"data": data, "layout": _layout("samples seen", "loss (moving average)")}
 
 
 def _probe(comparison: Comparison, task: str) -> Figure:
     data: list[Figure] = []
     for line in (x for x in comparison.lines if x.task == task):
-        if kept := plots._kept(line):
+        if kept := plots.kept_tokens(line):
             tokens = sorted(kept)
             data.append(_trace(len(data), line.name, tokens, [100 * kept[t].value for t in tokens]))
-    return {"data": data, "layout": _layout("tokens kept", "Recall@1 [%], mean of both directions")}
+    return {"data": data, "layout": _layout("tokens kept", "mean Recall@1 [%]")}
 
 
 def _line(

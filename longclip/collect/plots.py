@@ -53,12 +53,12 @@ def draw(comparison: Comparison) -> Figure:
     for i, line in enumerate(lines):
         look = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.6}
         marked = {**look, "marker": MARKERS[i % len(MARKERS)], "ms": 4}
-        label = _label(line)
-        validation = [_of(row, RECALL, comparison.cut) for row in line.rows]
+        label = label_of(line)
+        validation = [curve_of(row, RECALL, comparison.cut) for row in line.rows]
         _line(recall, validation, [c.samples.astype(float) for c in validation], label, marked, 100)
-        _line(paid, validation, _clock(line, validation, Row.paid), label, marked, 100)
-        _line(ran, validation, _clock(line, validation, Row.ran), label, marked, 100)
-        losses = [_thin(_of(row, LOSS, comparison.cut)) for row in line.rows]
+        _line(paid, validation, clocks(line, validation, Row.paid), label, marked, 100)
+        _line(ran, validation, clocks(line, validation, Row.ran), label, marked, 100)
+        losses = [thinned(curve_of(row, LOSS, comparison.cut)) for row in line.rows]
         _line(loss, losses, [c.samples.astype(float) for c in losses], label, look, 1)
     for name, best in _bests(lines).items():
         for panel in (recall, paid, ran):
@@ -78,15 +78,15 @@ def draw(comparison: Comparison) -> Figure:
 def probe(comparison: Comparison) -> Figure | None:
     """Recall@1 by the number of tokens that captions are cut to, a panel for each task that was probed; None where none
     was. A model that makes use of a caption's end rises to its window, which a line of its colour marks."""
-    tasks = [t for t in comparison.tasks if any(_kept(x) for x in comparison.lines if x.task == t)]
+    tasks = [t for t in comparison.tasks if any(kept_tokens(x) for x in comparison.lines if x.task == t)]
     if not tasks:
         return None
     figure = _figure((5.5 * len(tasks), 4.4))
     for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        lines = [x for x in comparison.lines if x.task == task and _kept(x)]
+        lines = [x for x in comparison.lines if x.task == task and kept_tokens(x)]
         for i, line in enumerate(lines):
             look = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
-            kept = _kept(line)
+            kept = kept_tokens(line)
             tokens = np.array(sorted(kept), dtype=float)
             means = np.array([100 * kept[int(t)].value for t in tokens])
             spreads = np.array([100 * (kept[int(t)].spread or 0.0) for t in tokens])
@@ -136,7 +136,7 @@ def _finish(panel: Axes) -> None:
         panel.text(0.5, 0.5, "nothing measured yet", ha="center", transform=panel.transAxes)
 
 
-def _label(line: Line) -> str:
+def label_of(line: Line) -> str:
     if not line.counts:
         return f"{line.name} (unfinished)"
     words = [f"{len(line.rows)} seeds"] if len(line.rows) > 1 else []
@@ -153,12 +153,12 @@ def _bests(lines: Sequence[Line]) -> dict[str, float]:
     return {line.name: line.best.value for line in smallest if line.counts and line.best is not None}
 
 
-def _of(row: Row, metric: str, cut: int | None) -> Curve:
+def curve_of(row: Row, metric: str, cut: int | None) -> Curve:
     curve = row.curves.get(metric, EMPTY)
     return curve if cut is None else curve.until(cut)
 
 
-def _thin(curve: Curve) -> Curve:
+def thinned(curve: Curve) -> Curve:
     """The loss, smoothed; at most MOST points; a NaN in every hole of the journal, across which nothing is drawn."""
     if not len(curve):
         return curve
@@ -174,7 +174,7 @@ def _thin(curve: Curve) -> Curve:
     return Curve(np.insert(samples, after, middle), np.insert(values, after, np.nan), np.insert(times, after, late))
 
 
-def _clock(line: Line, found: Sequence[Curve], of: Callable[[Row, Floats], Floats]) -> list[Floats]:
+def clocks(line: Line, found: Sequence[Curve], of: Callable[[Row, Floats], Floats]) -> list[Floats]:
     return [of(row, curve.times) for row, curve in zip(line.rows, found, strict=True)]
 
 
@@ -201,5 +201,5 @@ def _line(
     panel.fill_between(xs, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def _kept(line: Line) -> dict[int, Any]:
+def kept_tokens(line: Line) -> dict[int, Any]:
     return {int(m[1]): cell for name, cell in line.scores.items() if (m := KEPT.fullmatch(name))}

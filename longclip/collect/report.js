@@ -27,8 +27,8 @@ const plots = [...document.querySelectorAll(".plot")];
 for (const plot of plots) {
   const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
   const layout = {
-    ...figure.layout, font, height: 380, autosize: true, margin: {l: 60, r: 10, t: 10, b: 60},
-    paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", legend: {orientation: "h", yanchor: "top", y: -0.2},
+    ...figure.layout, font, height: 380, autosize: true, margin: {l: 60, r: 10, t: 10, b: 80},
+    paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest", legend: {orientation: "h", yanchor: "top", y: -0.3},
   };
   Plotly.newPlot(plot, figure.data, layout, {responsive: true, displaylogo: false, showTips: false});
 }

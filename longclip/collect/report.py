@@ -19,7 +19,7 @@ from longclip.collect.comparison import VAL, Comparison, Line
 from longclip.collect.examples import LONGEST, Example, Examples, examples
 from longclip.collect.interactive import figures
 from longclip.collect.row import TEST, Row
-from longclip.collect.tables import LEFT, best, caption, heading, of_task, shown, words
+from longclip.collect.tables import LEFT, best, caption, heading, main_columns, of_task, shown, words
 from longclip.run.attempts import attempts_of
 
 POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -86,12 +86,10 @@ def _table(comparison: Comparison, task: str) -> Iterable[str]:
     if task not in (TEST, VAL):
         yield f"<h3>{escape(heading(comparison, task))}</h3>"
     texts, lines, bold = shown(comparison, task), of_task(comparison, task), best(comparison, task)
-    yield from _grid(
-        list(texts[0]),
-        [list(text.values()) for text in texts],
-        [_class(line) for line in lines],
-        {(i, list(texts[0]).index(column)) for i, column in bold if column in texts[0]},
-    )
+    columns = main_columns(list(texts[0]), comparison)
+    columns += [c for c in texts[0] if c not in columns]
+    strong = {(i, columns.index(column)) for i, column in bold if column in columns}
+    yield from _grid(columns, [[text[c] for c in columns] for text in texts], [_class(x) for x in lines], strong)
 
 
 def _class(line: Line) -> str:

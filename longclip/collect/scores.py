@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,20 @@ def of_suites(
                 scores += _windows(called, name, task, record, arrays, f"{suite}/{name}")
     missing = [f"suite {s}: not evaluated at {checkpoint}, only at {', '.join(c)}" for s, c in others.items()]
     return scores, accuracy, whole, [line for line, suite in zip(missing, others, strict=True) if suite not in whole]
+
+
+def together(test: Sequence[Scores], suites: Sequence[Scores]) -> tuple[Scores, ...]:
+    """A run's own scores on its test set, then those of suites; what a suite says of the same task and window (probes,
+    strata, ranks where none were kept) is added to the run's own, which stand where both have a figure."""
+    found = []
+    for ours in test:
+        same = [s for s in suites if (s.task, s.window, s.data) == (ours.task, ours.window, ours.data)]
+        metrics = {k: v for s in reversed(same) for k, v in s.metrics.items()} | dict(ours.metrics)
+        # Ranks by another convention than that of the figures beside them would be of other queries.
+        alike = next((s.ranks for s in same if s.ranks and s.convention == ours.convention), {})
+        found.append(replace(ours, metrics=metrics, ranks=ours.ranks or alike))
+    known = {(s.task, s.window) for s in test}
+    return (*found, *(s for s in suites if (s.task, s.window) not in known))
 
 
 def _windows(

@@ -19,7 +19,7 @@ from typing import Any
 
 from longclip.collect.gather import arranged, row_of
 from longclip.collect.row import CURVES, Curve, Row
-from longclip.collect.scores import of_suites, of_test
+from longclip.collect.scores import of_suites, of_test, together
 from longclip.errors import SiteError, UserError
 from longclip.track import facts
 
@@ -90,8 +90,7 @@ def _row(client: Any, found: tuple[Any, dict[str, Any]]) -> Row:
         there = Path(client.download_artifacts(run_id, ARTIFACTS, folder))
         test = of_test(known["test"], there / "test.json", known["test_set"])
         suites, accuracy, records, missing = of_suites(there, (known["test"] or {}).get("checkpoint"), row.test_hash)
-    suites = [s for s in suites if not any((s.task, s.window) == (t.task, t.window) for t in test)]
-    return replace(row, scores=(*test, *suites), accuracy=accuracy, records=records, notes=tuple(missing))
+    return replace(row, scores=together(test, suites), accuracy=accuracy, records=records, notes=tuple(missing))
 
 
 def _artifacts(client: Any, run_id: str) -> list[Any]:

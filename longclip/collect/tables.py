@@ -171,7 +171,7 @@ def terminal(comparison: Comparison) -> Group:
             parts.append(Printed(f"\n{heading(comparison, task)}"))
         lines, texts = of_task(comparison, task), shown(comparison, task)
         table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
-        columns = _columns(list(texts[0]), comparison)
+        columns = main_columns(list(texts[0]), comparison)
         for column in columns:
             longest = max(len(word) for text in (column, *(t[column] for t in texts)) for word in text.split() or [""])
             justify = "left" if column in LEFT else "right"
@@ -186,7 +186,7 @@ def terminal(comparison: Comparison) -> Group:
     return Group(*parts)
 
 
-def _columns(there: Sequence[str], comparison: Comparison) -> list[str]:
+def main_columns(there: Sequence[str], comparison: Comparison) -> list[str]:
     """Those that the terminal shows, in its order; all are in the files."""
     first = [c for c in MAIN if c in there] + [c for c in there if c.startswith("Δ i2t")]
     at = sum(c in there for c in MAIN[: MAIN.index("waste")])

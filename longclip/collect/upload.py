@@ -22,11 +22,11 @@ def upload(result: Collected, runs: Sequence[RunFolder], uri: str) -> list[str]:
 
 
 def headlines(comparison: Comparison) -> dict[str, dict[str, float]]:
-    """Mean Recall@1 of the test set over seeds, by sweep, then by ``Recall at 1/<other axes>/<window>``."""
+    """Mean Recall@1 of the test set over seeds, by sweep, then by ``sweep/Recall at 1/<other axes>/<window>``."""
     found: dict[str, dict[str, float]] = {}
     for line in comparison.lines:
         if line.kind == "measured" and line.task == TEST and line.own and line.counts and MEAN in line.scores:
             axes = [f"{key} {value}" for key, value in sorted(line.axes.items())]
-            name = "/".join([HEADLINE, *axes, str(line.window)])
+            name = "/".join(["sweep", HEADLINE, *axes, str(line.window)])
             found.setdefault(line.sweep, {})[name] = line.scores[MEAN].value
     return found

@@ -69,4 +69,5 @@ def _suites(run: RunFolder, checkpoint: str) -> list[Value]:
         for record in records
         for task, scored in record["tasks"].items()
         for metric, value in scored.get("metrics", {}).items()
+        if isinstance(value, (int, float))
     ]

@@ -27,8 +27,6 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT
 """A server that does not answer is given up in under a minute; by default MLflow tries for a quarter of an hour"""
 SILENT = 50.0
 """Seconds after which who syncs with a server, and renews its lease at every request, counts as killed"""
-KIND = {"mlflow.experimentKind": "custom_model_development"}
-"""Or the UI (3.x) may open an experiment on its pages for chats and prompts"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class Store:
         known = self.client.get_experiment_by_name(name)
         if known is None:
             try:
-                return str(self.client.create_experiment(name, artifact_location=self.artifacts, tags=KIND))
+                return str(self.client.create_experiment(name, artifact_location=self.artifacts))
             except MlflowException as error:  # on a server, another run's sync may have been quicker
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise

@@ -154,7 +154,7 @@ def test_unequal_and_unfinished_are_said(tmp_path: Path, sweep: list[RunFolder])
 def test_files(tmp_path: Path, sweep: list[RunFolder]) -> None:
     result = collect(sweep, tmp_path / "deep" / "results")
     assert [f.name for f in result.files] == [
-        *("table.csv", "table.md", "table.tex", "table.json"),
+        *("table.csv", "table.md", "table.tex", "table.json", "report.html"),
         *("curves.png", "curves.svg", "curves.pdf"),
     ]
     assert result.comparison.warnings == ("ctx154: unfinished (400/1.0 k)",)
@@ -183,7 +183,7 @@ def test_files(tmp_path: Path, sweep: list[RunFolder]) -> None:
     assert cells[2]["GPU-h (lost)"] == "0.1 (0.011)"
     assert "> **!** ctx154: unfinished (400/1.0 k)" in lines
 
-    with Image.open(result.files[4]) as image:
+    with Image.open(result.files[5]) as image:
         assert image.format == "PNG"
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert image.width > 1000
@@ -205,7 +205,7 @@ def test_runs_without_a_single_point(tmp_path: Path) -> None:
     result = collect([queued], tmp_path / "out")
     assert result.comparison.warnings == ("ctx77: unfinished (0/1.0 k)",)
     assert "not tested yet" in result.files[1].read_text()
-    with Image.open(result.files[4]) as image:
+    with Image.open(result.files[5]) as image:
         image.verify()
 
 

@@ -374,12 +374,16 @@ def test_the_truncation_probe(tmp_path: Path) -> None:
         kept = {
             f"kept{k}/mean_recall_at_1": k / 1000 for k in (16, 77, 512) if k <= run.experiment().model.context_length
         }
-        suite_record(run, {"far": retrieval_task(r, r, data="8" * 64, **kept)})
+        tasks = {"far": retrieval_task(r, r, data="8" * 64, **kept), "same": retrieval_task(r, r, **kept)}
+        suite_record(run, tasks)
     figure = probe(compare(gather(runs)))
     assert figure is not None
     lines = {str(x.get_label()): np.asarray(x.get_xydata()).tolist() for x in figure.axes[0].lines}
     assert lines["ctx77_s0"] == [[16, 1.6], [77, 7.7]]
     assert lines["ctx512_s0"] == [[16, 1.6], [77, 7.7], [512, 51.2]]
+    assert len(figure.axes) == 2, "a suite on the test set itself adds its probe to the test's line"
+    (first, *_) = compare(gather(runs)).lines
+    assert first.scores["i2t_recall_at_1"].value == float((ranks(0.4 + 77 / 5120, 0) < 1).mean()), "the test's own"
     files = collect(runs, tmp_path / "out").files
     assert [f.name for f in files if f.name.startswith("probe")] == ["probe.png", "probe.svg", "probe.pdf"]
 

@@ -16,6 +16,7 @@ import pytest
 from longclip.run.attempts import Attempt
 from longclip.run.folder import RunFolder, read_json
 from longclip.track.mlflow import sync
+from longclip.track.parent import log_results
 from longclip.track.stream import reachable, start_stream, streamable
 from tests.helpers import add_attempt, end, experiment, make_run, save_checkpoint, train
 from tests.track.test_mlflow import client, history
@@ -140,6 +141,27 @@ def test_the_last_points_are_sent_before_it_stops(server: Server, tmp_path: Path
     assert steps(server, run) == [100, 200, 300, 400, 500]
     assert status(server, run) == "FINISHED"
     assert "FINISHED, sent up to 500 samples" in log_of(attempt)
+
+
+def test_jobs_that_begin_at_once_have_one_parent(server: Server, tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, experiment(window), "siblings") for window in (77, 154, 512)]
+    attempts = [add_attempt(run, 0) for run in runs]
+    streams = [start_stream(attempt, server.uri) for attempt in attempts]
+    until(lambda: all((run.path / "mlflow.json").exists() for run in runs))
+    for attempt, verdict in zip(attempts, ("finished", "finished", "crashed"), strict=True):
+        train(attempt, 0, 1000, 60)
+        end(attempt, verdict, 1000, 200)
+    for stream in streams:
+        stream.stop(timeout=60)
+    (record,) = read_json(tmp_path / "siblings" / "mlflow.json")["parents"]
+    parent = client(server.uri).get_run(record["run_id"])
+    found = client(server.uri).search_runs([parent.info.experiment_id])
+    assert [r.data.tags.get("mlflow.parentRunId") for r in found].count(parent.info.run_id) == 3 == len(found) - 1
+    assert parent.info.status == "FAILED", "the worst of the three"
+    (tmp_path / "report.html").write_text("results")
+    assert log_results(runs, [tmp_path / "report.html"], "a table", {}, server.uri) == ["siblings"]
+    there = client(server.uri).download_artifacts(parent.info.run_id, "results/report.html", str(tmp_path))
+    assert Path(there).read_text() == "results"
 
 
 PARENT = """
