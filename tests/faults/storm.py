@@ -109,7 +109,7 @@ def storm(cluster: Cluster, root: Path, seed: int, number: int) -> bool:
         until(lambda n=before: training(one, n), 900, "training")  # type: ignore[misc]
         # By samples and not by time: all the faults find room in the run, whatever the speed of the machine.
         here = one.samples()
-        there = here + rng.uniform(0.3, 1.7) * (0.96 * LONG - here) / (number - len(done) + 1)
+        there = here + rng.uniform(0.3, 1.7) * (0.9 * LONG - here) / (number - len(done) + 1)
         until(lambda n=there: one.samples() >= n or one.status()["state"] != "running", 900, f"{there:.0f} samples")  # type: ignore[misc]
         state = one.status()["state"]
         if state == "no progress":  # three of them hit between two checkpoints: a person is asked, and goes on
