@@ -13,10 +13,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from longclip.evaluate.conventions import lines
 from longclip.experiment.identity import references
 from longclip.launch.status import CONTINUES, UNDER_WAY, statuses
 from longclip.run import lineage
 from longclip.run.attempts import Attempt, attempts_of
+from longclip.run.evaluations import records
 from longclip.run.folder import RunFolder, read_json
 from longclip.run.journal import read_points
 from longclip.run.verdicts import verdict_of
@@ -42,6 +44,7 @@ def facts(run: RunFolder) -> dict[str, Any]:
         "attempts": [_attempt(a) for a in attempts],
         "checkpoints": _checkpoints(run.checkpoints),
         "evaluations": {p.stem: _json(p) for p in sorted(run.evaluations.glob("*.json"))},
+        "suites": [record for _, record in records(run.evaluations)],
         "pins": {
             key: {"reference": name, "content": identity.get(key), "path": paths.get(key)}
             for key, name in references(experiment).items()
@@ -147,6 +150,8 @@ def page(said: dict[str, Any], experiment: str) -> RenderableType:
     for name, scores in said["evaluations"].items():
         if scores:
             parts += [Text(), _table((name, ""), _scores(scores))]
+    if said["suites"]:
+        parts += [Text(), *(Text(line) for record in said["suites"] for line in lines(record))]
     rows = [(k, v["reference"], (v["content"] or "?")[:12], v["path"] or "-") for k, v in said["pins"].items()]
     parts += [Text(), _table(("reference", "name", "content", "where it lay"), rows)]
     parts += [Text(), Text(experiment.rstrip()), Text(), Text(f"next: {said['next']}")]

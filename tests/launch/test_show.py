@@ -51,6 +51,19 @@ def drawn(run: RunFolder) -> str:
     return text.getvalue()
 
 
+def test_suites_are_shown_with_their_convention(run: RunFolder) -> None:
+    metrics = {"i2t_recall_at_1": 0.25, "t2i_recall_at_1": 0.5}
+    task = {"kind": "retrieval", "images": 40, "captions": 80, "convention": "open_clip", "metrics": metrics}
+    record = {"suite": "long", "checkpoint": "step-00000008", "tasks": {"captions": task}}
+    (run.evaluations / "long").mkdir()
+    write_json(run.evaluations / "long" / "step-00000008.json", record)
+    line = (
+        "long/captions at step-00000008: n = 40 images, 80 captions, open_clip's convention: an image's first caption"
+    )
+    assert line in drawn(run) and "R@1 i2t 25.0 t2i 50.0" in drawn(run)
+    assert facts(run)["suites"] == [record]
+
+
 def test_lineage(run: RunFolder) -> None:
     first, second = facts(run)["attempts"]
     assert (first["from"], first["to"], first["verdict"], first["job"]) == (0, 600, None, "101")
