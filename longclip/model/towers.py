@@ -163,14 +163,25 @@ def _head(kind: str, width: int, embed_dim: int) -> nn.Module:
 
 
 def _trunk(tower: str | None, settings: PreTrainedConfig, attention: str, weights: bool) -> PreTrainedModel:
-    """The tower without pooler or task head, in fp32."""
+    """The tower without pooler or task head, in fp32. Raises UserError where weights are missing."""
     cls = CLASSES[settings.model_type]
     options = {"add_pooling_layer": False} if cls in _HAVE_POOLER else {}
     folder = Path(tower or "")
     if tower is not None and weights and not openclip.is_openclip(folder):
-        return cls.from_pretrained(
-            tower, config=settings, dtype=torch.float32, attn_implementation=attention, **options
+        loaded, info = cls.from_pretrained(
+            tower,
+            config=settings,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **options,
         )
+        if missing := sorted(info["missing_keys"]):  # transformers would draw them, and only log it
+            raise UserError(
+                f"{tower}: its weights lack {len(missing)} of the tower's parameters, such as {missing[0]}",
+                f"a folder or hub id with all weights of a {settings.model_type}",
+            )
+        return loaded
     model = cls(settings, **options)
     if tower is not None and weights:
         try:

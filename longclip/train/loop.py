@@ -83,7 +83,9 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     """
     experiment = job.experiment
     recipe = experiment.train
-    engine, reader, val = prepare(job, ranks, begin=not lineage.has_begun(job.run))
+    # One rank looks: on NFS another might not see yet what an earlier attempt has published, and go another way.
+    begin = ranks.tell(not lineage.has_begun(job.run))
+    engine, reader, val = prepare(job, ranks, begin)
     train_set = reader.dataset
     assert isinstance(train_set, Sources)
     batch = recipe.global_batch

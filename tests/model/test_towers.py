@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -219,3 +219,18 @@ def test_what_is_no_plain_vit_of_open_clip_s_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pickled" / "open_clip_model.safetensors").unlink()
     with pytest.raises(UserError, match="pickled weights are not read"):
         ImageEncoder(ImageTower(tower=str(tmp_path / "pickled")), 8)
+
+
+@pytest.mark.parametrize("damage", ["a layer is missing", "names of another layout"])
+def test_missing_weights_are_never_drawn(tmp_path: Path, damage: str) -> None:
+    """transformers would draw them from an unseeded generator, and say so in its log only."""
+    TextEncoder(TextTower(config=MODERNBERT, tokenizer="x"), 8).trunk.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    if damage == "a layer is missing":
+        kept = {name: w for name, w in weights.items() if not name.startswith("layers.0.")}
+    else:
+        kept = {f"encoder_of_theirs.{name}": w for name, w in weights.items()}
+    save_file(kept, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"its weights lack \d+ of the tower's parameters, such as"):
+        TextEncoder(TextTower(tower=str(tmp_path)), 8)
