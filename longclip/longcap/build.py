@@ -136,14 +136,23 @@ def begin(src: Path, dst: Path, asked: Options) -> Build | None:
         raise UserError(f"no such folder: {src}", "give the folder that holds the articles")
     folder = dst / ".build"
     finished, begun = dst / manifest.MANIFEST, folder / "build.json"
+
+    def known() -> Path | None:
+        return next((file for file in (finished, begun) if file.is_file()), None)
+
     with _explained(dst):
-        there = next((file for file in (finished, begun) if file.is_file()), None)
+        there = known()
         if there is None and dst.exists() and any(path != folder for path in dst.iterdir()):
             raise UserError(f"{dst} holds something else than a build", "give a folder that is not there yet")
         folder.mkdir(parents=True, exist_ok=True)
+        held = False
         try:
             with Lease(folder / "lock"):
-                articles, names = Listing(folder).write(src)
+                held, there = True, known()  # which another may have begun meanwhile
+                # A build under way reads its listing: that of today is only compared with it.
+                place = folder if there is None else folder / "today"
+                place.mkdir(exist_ok=True)
+                articles, names = Listing(place).write(src)
                 facts = {"options": asked.model_dump(mode="json"), "articles": articles, "listing": names}
                 facts["versions"] = options.versions()
                 if there is not None:
@@ -152,7 +161,8 @@ def begin(src: Path, dst: Path, asked: Options) -> Build | None:
                     _prepare(folder, asked, facts)
                 write_json(folder / "source.json", {"src": str(src.resolve())})
         finally:
-            if finished.is_file() or not begun.is_file():
+            shutil.rmtree(folder / "today", ignore_errors=True)
+            if held and (finished.is_file() or not begun.is_file()):
                 shutil.rmtree(folder, ignore_errors=True)
                 if there is None:
                     with suppress(OSError):

@@ -16,11 +16,13 @@ _URL = re.compile(
     r"|(?:publicdomain|licen[sc]es)/(?P<public>zero|mark|publicdomain)(?:/(?P<public_version>\d\.\d))?)",
     re.IGNORECASE,
 )
-_SHORT = re.compile(r"\bcc[\s_-]*(?P<terms>0|by(?:[\s_/-]*(?:nc|nd|sa)\b)*)[\s_v-]*(?P<version>\d\.\d)?", re.IGNORECASE)
+_SHORT = re.compile(
+    r"\bcc[\s_-]*(?P<terms>0|by(?:[\s_/-]*(?:nc|nd|sa))*)(?![a-z])[\s_v-]*(?P<version>\d\.\d)?", re.IGNORECASE
+)
 _LONG = re.compile(r"creative\s+commons(?:['’]s?)?\s+(?P<terms>\(?attribution.{0,80})", re.IGNORECASE | re.DOTALL)
 _ZERO = re.compile(r"public\s+domain\s+(?:dedication|declaration)|\bCC\s?zero\b", re.IGNORECASE)
 _TERMS = (
-    ("nc", re.compile(r"non[\s-]*commercial|\bnc\b", re.IGNORECASE)),
+    ("nc", re.compile(r"\bnon?[\s-]*commercial|\bnot\s+(?:\w+\s+){0,3}commercial|\bnc\b", re.IGNORECASE)),
     ("nd", re.compile(r"no[\s-]*deriv|\bnd\b", re.IGNORECASE)),
     ("sa", re.compile(r"share[\s-]*alike|\bsa\b", re.IGNORECASE)),
 )
@@ -95,6 +97,7 @@ def _of_prose(text: str) -> str:
         return "CC0" if short or _ZERO.search(text) else ""
     stated = named["terms"] if named else short.group() if short else ""
     # "Attribution License, which permits non-commercial use" is no plain Attribution.
-    terms = [term for term, pattern in _TERMS if pattern.search(text if term == "nc" else stated)]
+    brief = short["terms"].lower() if short else ""
+    terms = [t for t, pattern in _TERMS if t in brief or pattern.search(text if t == "nc" else stated)]
     version = _VERSION.search(stated)
     return _name(terms, version[1] if version else None)

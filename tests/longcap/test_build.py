@@ -27,8 +27,11 @@ from typer.testing import CliRunner
 from longclip.cli import app
 from longclip.data.index import index_folder
 from longclip.data.shards import Dataset, Sample, open_dataset
-from longclip.errors import LongclipError
+from longclip.errors import LongclipError, SiteError, UserError
+from longclip.longcap.build import begin
 from longclip.longcap.hashes import near
+from longclip.longcap.options import Options
+from longclip.track.lease import Lease
 from tests.launch.small import environment
 from tests.longcap.corpus import CC_BY, CC_BY_NC, article, jpeg, picture, write_article, write_corpus
 
@@ -470,3 +473,30 @@ def test_bare_articles_that_share_a_folder_get_their_own_images_only(tmp_path: P
     build(src, tmp_path / "out")
     assert [s.key for s in samples(tmp_path / "out")] == ["PMC1001_f1_0"]
     assert [(s["article"], s["reason"]) for s in skipped(tmp_path / "out")] == [("2.xml", "image missing")]
+
+
+# Two at once
+
+
+def test_a_refused_command_leaves_the_build_under_way_as_it_was(tmp_path: Path) -> None:
+    """Its tasks, elsewhere, read the listing that it was begun with."""
+    src, dst = write_corpus(tmp_path / "src", 4), tmp_path / "dst"
+    assert begin(src, dst, Options()) is not None
+    before = {path: path.read_bytes() for path in sorted((dst / ".build").glob("articles.*"))}
+    assert len(before) == 2
+    write_article(src / "aaa", 77, 1)
+    with pytest.raises(UserError, match="begun with other articles"):
+        begin(src, dst, Options())
+    assert {path: path.read_bytes() for path in sorted((dst / ".build").glob("articles.*"))} == before
+    assert not (dst / ".build" / "today").exists()
+
+
+def test_who_does_not_get_the_lease_removes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src, dst = write_corpus(tmp_path / "src", 2), tmp_path / "dst"
+    monkeypatch.setattr("longclip.track.lease.WAIT", 0.1)
+    (dst / ".build").mkdir(parents=True)
+    with Lease(dst / ".build" / "lock"):
+        (dst / ".build" / "against.npy").write_bytes(b"work of the first")
+        with pytest.raises(SiteError):
+            begin(src, dst, Options())
+        assert (dst / ".build" / "against.npy").read_bytes() == b"work of the first"
