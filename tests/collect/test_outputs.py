@@ -118,7 +118,7 @@ def test_the_command_compares_and_refuses(tmp_path: Path) -> None:
     )
     said = longclip("collect", "tiny", "--runs", "runs", "--no-sync", "--goal", "0.4", cwd=tmp_path)
     assert "reported, not measured" in said and "samples to 40" in said
-    assert "wrote results/tiny/{table.csv,table.md,table.tex,table.json,curves.png,curves.svg,curves.pdf}" in said
+    assert "wrote results/tiny/{table.csv,table.md,table.tex,table.json,report.html,curves.png," in said
     scored_run(tmp_path / "runs", 256, 0.5, weight_decay=0.1)
     refused = longclip("collect", "tiny", "--runs", "runs", "--no-sync", cwd=tmp_path, code=2)
     assert "ctx256_s0: undeclared difference: train.weight_decay is 0.1, elsewhere the default" in refused

@@ -132,7 +132,7 @@ def test_one_curve_in_mlflow(sweep: Path, whole: Path) -> None:
         longclip("sync", "--runs", runs, cwd=sweep.parent)
         client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
         (experiment,) = [e for e in client.search_experiments() if e.name == "small"]
-        (run,) = client.search_runs([experiment.experiment_id])
+        (run,) = client.search_runs([experiment.experiment_id], "tags.mlflow.parentRunId != ''")
         assert run.info.status == "FINISHED"
         history = client.get_metric_history(run.info.run_id, "train/loss")
         histories.append(sorted((m.step, m.value) for m in history))

@@ -12,7 +12,8 @@ from threading import Barrier
 
 import pytest
 
-from longclip.collect.gather import differences, gather
+from longclip.collect.checks import differences
+from longclip.collect.gather import gather
 from longclip.errors import SiteError, UserError
 from longclip.launch.snapshot import PACKAGE, code_hash, freeze
 from longclip.run.attempts import attempts_of

@@ -80,6 +80,7 @@ def test_a_shape_that_cannot_work_ends_its_runs(sweep: Path, cluster: Cluster) -
     submit = ("submit", sweep, *SHORT, "--runs", runs, "--canary")
     site = sweep.parent / "chain.yaml"
     site.write_text("restart: chain\nlinks: 1\n")  # the job queued behind must not begin either
+    empty(120)  # of the test before
     longclip(*submit, *doomed, "--site", site, cwd=sweep.parent)
     assert len(queue()) == 3
     empty(120)

@@ -70,7 +70,7 @@ def test_four_mlflow_runs_and_one_table(sweep: Path, runs: Path) -> None:
     assert len(table) == 4
     client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "small"]
-    found = client.search_runs([experiment.experiment_id])
+    found = client.search_runs([experiment.experiment_id], "tags.mlflow.parentRunId != ''")
     assert len(found) == 4
     assert {run.info.status for run in found} == {"FINISHED"}
     assert {run.data.params["model.context_length"] for run in found} == {"4", "5", "6", "9"}
