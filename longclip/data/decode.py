@@ -15,17 +15,18 @@ from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from longclip.data.shards import IMAGE_FORMATS, MAX_PIXELS
+from longclip.model.towers import Pixels
 
 WHOLE = 2**16
 """pixels (width x height) up to which an image is never decoded at reduced size: there is no time to be won"""
 
 
-def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np.uint8]:
-    """A decoded RGB image of ``size`` x ``size`` pixels: [size, size, 3].
+def square(data: bytes, form: Pixels, crop: tuple[float, ...] | None) -> NDArray[np.uint8]:
+    """A decoded RGB image in the ``form`` that the tower wants, not yet normalised: [size, size, 3].
 
-    Without ``crop`` the middle square, as CLIP's evaluation; else a random-resized crop, ``(scale_low, scale_high,
-    *4 uniforms)``: area drawn from the scale, aspect from 3/4 to 4/3 (as torchvision's RandomResizedCrop), clipped to
-    the image.
+    Without ``crop`` the middle square, as CLIP's evaluation, or the whole image, as ``form`` says; else a
+    random-resized crop, ``(scale_low, scale_high, *4 uniforms)``: area drawn from the scale, aspect from 3/4 to 4/3 (as
+    torchvision's RandomResizedCrop), clipped to the image.
 
     Raises:
         ValueError: the bytes are not an image.
@@ -39,8 +40,8 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
                 raise ValueError(
                     f"more than 8 bits a pixel (mode {opened.mode}); save it with 8, in the window you mean"
                 )
-            box = _box(*whole, crop)
-            factor = 1 if crop is None else _factor(opened, box, size)
+            box = _box(*whole, crop, form.whole)
+            factor = 1 if crop is None else _factor(opened, box, form.size)
             if factor > 1:
                 # Image.draft takes the largest reduction that leaves at least this: exactly `factor`.
                 opened.draft(None, (opened.width // factor, opened.height // factor))
@@ -52,23 +53,32 @@ def square(data: bytes, size: int, crop: tuple[float, ...] | None) -> NDArray[np
     except Exception as error:  # the bytes are in memory, so this is the image's fault; decoders raise nearly anything
         raise ValueError(f"not a readable image ({error})") from None
     if factor == 1:
-        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+        return _resized(image, box, form)
     # The same filter as Pillow's, to a rounding of 1 in 255, five times as fast; but its boxes are of whole pixels.
     left, top, right, bottom = (int(x) // factor for x in _snapped(box, factor, whole))
     part = torch.from_numpy(np.asarray(image)[None, top:bottom, left:right].copy())
-    resized = interpolate(part.permute(0, 3, 1, 2), (size, size), mode="bicubic", antialias=True)
+    resized = interpolate(part.permute(0, 3, 1, 2), (form.size, form.size), mode=form.resample, antialias=True)
     return resized.permute(0, 2, 3, 1)[0].numpy()
 
 
-def square_of(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+def square_of(pixels: NDArray[np.uint8], form: Pixels) -> NDArray[np.uint8]:
     """As :func:`square` without a crop, of pixels: grey [h, w] or [h, w, 1], RGB [h, w, 3]."""
     grey = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
     image = Image.fromarray(np.ascontiguousarray(grey)).convert("RGB")
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=_box(*image.size, None)))
+    return _resized(image, _box(*image.size, None, form.whole), form)
 
 
-def _box(width: int, height: int, crop: tuple[float, ...] | None) -> tuple[float, float, float, float]:
+def _resized(image: Image.Image, box: tuple[float, float, float, float], form: Pixels) -> NDArray[np.uint8]:
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    return np.asarray(image.resize((form.size, form.size), filters[form.resample], box=box))
+
+
+def _box(
+    width: int, height: int, crop: tuple[float, ...] | None, squeezed: bool = False
+) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of what is cut out, in pixels of the whole image."""
+    if crop is None and squeezed:
+        return 0.0, 0.0, float(width), float(height)
     if crop is None:
         side = min(width, height)
         return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2

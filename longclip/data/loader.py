@@ -96,7 +96,7 @@ class Reader:
             try:
                 texts[i] = self.text(sample.text, sample.fields, draw)
                 drawn = None if draw is None else (*crop, *draw.uniforms(4, "crop").tolist())
-                images[i] = square(sample.image, self.pixels.size, drawn)
+                images[i] = square(sample.image, self.pixels, drawn)
             except ValueError as error:
                 texts[i] = ""
                 valid[i] = False

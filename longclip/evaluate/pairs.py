@@ -96,7 +96,7 @@ def read_pairs(embedder: Embedder, gallery: Gallery) -> Pairs:
 
     def picture(i: int) -> NDArray[np.uint8]:
         image, captions = patiently(lambda: gallery.read(i))
-        pixels = square(image, embedder.pixels.size, None)
+        pixels = square(image, embedder.pixels, None)
         mine[i] = captions
         return pixels
 

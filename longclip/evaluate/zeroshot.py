@@ -51,8 +51,8 @@ def classify(embedder: Embedder, task: Classification, found: Labelled) -> Score
     def picture(i: int) -> NDArray[np.uint8]:
         try:
             data = found.image(i)
-            size = embedder.pixels.size
-            return square(data, size, None) if isinstance(data, bytes) else square_of(data, size)
+            form = embedder.pixels
+            return square(data, form, None) if isinstance(data, bytes) else square_of(data, form)
         except ValueError as error:
             why[i] = str(error)
             raise

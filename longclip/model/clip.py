@@ -17,7 +17,8 @@ from longclip.model.window import extend
 INITIAL_TEMPERATURE = 0.07
 """CLIP's (arXiv 2103.00020, section 2.5)"""
 MAX_SCALE = 100.0
-"""CLIP's bound on 1/temperature, for stability"""
+"""CLIP's bound on 1/temperature, for stability. The step holds it (train/engine.py): clamped in the forward pass, a
+scale that had once passed it would have no gradient by which to come back."""
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 """Where the sigmoid loss begins (arXiv 2303.15343, algorithm 1); its scale has no bound"""
 
@@ -50,10 +51,9 @@ class DualEncoder(nn.Module):
             sides.append(F.normalize(self.text(text), dim=-1))
         if pixels_BCHW is None or text is None:
             return tuple(sides)
-        scale = self.log_scale.float().exp()
-        if self.bias is not None:
-            return *sides, scale, self.bias.float()
-        return *sides, scale.clamp(max=MAX_SCALE)
+        numbers = (self.log_scale,) if self.bias is None else (self.log_scale, self.bias)
+        scale, *bias = (number.float() for number in numbers)
+        return *sides, scale.exp(), *bias
 
 
 def build(

@@ -124,15 +124,16 @@ def _check_padding(model: DualEncoder, tokenizer: Any) -> None:
 
 
 def _processor(pixels: Pixels) -> dict[str, Any]:
-    """Evaluation's preprocessing in the words of transformers: shortest side, middle square, normalised."""
+    """Evaluation's preprocessing in the words of transformers: the whole image, or its middle square; normalised."""
+    square = {"height": pixels.size, "width": pixels.size}
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": pixels.size},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": pixels.size, "width": pixels.size},
+        "size": square if pixels.whole else {"shortest_edge": pixels.size},
+        "resample": {"bilinear": 2, "bicubic": 3}[pixels.resample],
+        "do_center_crop": not pixels.whole,
+        "crop_size": square,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

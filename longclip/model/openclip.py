@@ -19,9 +19,9 @@ from longclip.experiment.identity import OPEN_CLIP
 
 WEIGHTS = "open_clip_model.safetensors"
 
-_SHAPE = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
-_NO_MATTER = {"patch_dropout", "output_tokens"}
-"""of no effect on the features of whole images"""
+_SHAPE = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio", "norm_kwargs"}
+_NO_MATTER = {"patch_dropout", "output_tokens", "pool_type", "final_ln_after_pool"}
+"""of no effect on the features of whole images, or on the trunk: how it is pooled, the experiment says"""
 _NAMES = (
     ("conv1.", "embeddings.patch_embedding."),
     ("ln_pre.", "pre_layrnorm."),
@@ -45,6 +45,8 @@ def vision_config(folder: Path) -> CLIPVisionConfig:
     model = _config(folder)["model_cfg"]
     vision: dict[str, Any] = model["vision_cfg"]
     other = sorted(k for k, v in vision.items() if k not in _SHAPE | _NO_MATTER and v not in (None, False))
+    norm: dict[str, Any] = vision.get("norm_kwargs") or {}
+    other += sorted(f"norm_kwargs.{k}" for k in norm.keys() - {"eps"})
     if other or not isinstance(vision.get("layers"), int):
         raise UserError(
             f"{folder}: no plain ViT of open_clip's ({', '.join(other) or 'a ResNet'}); known here: {_SHAPE}"
@@ -58,14 +60,21 @@ def vision_config(folder: Path) -> CLIPVisionConfig:
         num_hidden_layers=vision["layers"],
         num_attention_heads=width // vision.get("head_width", 64),
         hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu",
-        layer_norm_eps=1e-5,
+        layer_norm_eps=norm.get("eps", 1e-5),
     )
 
 
-def mean_std(folder: Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """The normalisation that the tower was trained with, where the folder says it."""
+def preprocessing(folder: Path) -> dict[str, Any]:
+    """What the folder says of how the tower was shown its images, by field of :class:`longclip.model.towers.Pixels`.
+
+    Raises UserError where that cannot be done here.
+    """
     said = _config(folder).get("preprocess_cfg") or {}
-    return (tuple(said["mean"]), tuple(said["std"])) if "mean" in said and "std" in said else None
+    mode, resample = said.get("resize_mode", "shortest"), said.get("interpolation", "bicubic")
+    if mode not in ("shortest", "squash"):
+        raise UserError(f"{folder / OPEN_CLIP}: resize_mode {mode}; known here: shortest, squash")
+    fields = {name: tuple(said[name]) for name in ("mean", "std") if name in said}
+    return {**fields, "whole": mode == "squash", "resample": "bilinear" if resample == "bilinear" else "bicubic"}
 
 
 def trunk_weights(folder: Path) -> dict[str, Tensor]:

@@ -42,8 +42,8 @@ def config_of(model: DualEncoder, spec: Model, pixels: Pixels, text_name: str, e
         "preprocess_cfg": {
             "mean": list(pixels.mean),
             "std": list(pixels.std),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
+            "interpolation": pixels.resample,
+            "resize_mode": "squash" if pixels.whole else "shortest",
         },
     }
 

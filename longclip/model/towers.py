@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ _HAVE_POOLER = (ViTModel, BertModel, RobertaModel, XLMRobertaModel)
 _CLIP_MEAN_STD = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """openai/CLIP's normalisation, as its processors carry it"""
 _HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ class Pixels:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    whole: bool = False
+    """the whole image is squeezed into the square, as SigLIP's and ViT's towers know it; else the middle of it is cut
+    out. (Training crops at random, in either case.)"""
+    resample: str = "bicubic"
+    """or bilinear"""
 
 
 class ImageEncoder(nn.Module):
@@ -209,19 +215,37 @@ def _settings(tower: str | None, config: dict[str, Any] | None, side: str) -> Pr
 
 
 def pixels_of(spec: ImageTower) -> Pixels:
-    """What the tower wants to see, from its processor's file where it has one."""
+    """What the tower wants to see: from its processor's file where it has one, else as its kind is usually trained.
+
+    A tower without weights has seen nothing yet, and is shown the middle of the image.
+    """
     config = _settings(spec.tower, spec.config, "image")
-    mean: Sequence[float]
-    std: Sequence[float]
-    mean, std = _CLIP_MEAN_STD if config.model_type == "clip_vision_model" else _HALF
-    if spec.tower and openclip.is_openclip(Path(spec.tower)):
-        mean, std = openclip.mean_std(Path(spec.tower)) or (mean, std)
-    processor = Path(spec.tower or "") / "preprocessor_config.json"
-    if spec.tower and processor.is_file():
-        settings = json.loads(processor.read_text(encoding="utf-8"))
-        mean, std = settings.get("image_mean", mean), settings.get("image_std", std)
-    size = config.image_size
-    return Pixels(size if isinstance(size, int) else size[0], tuple(mean), tuple(std))
+    clip = config.model_type == "clip_vision_model"
+    mean, std = _CLIP_MEAN_STD if clip else _HALF
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    usual = Pixels(size, mean, std)
+    if spec.tower is None:
+        return usual
+    folder = Path(spec.tower)
+    if openclip.is_openclip(folder):
+        return replace(usual, **openclip.preprocessing(folder))
+    usual = replace(usual, whole=not clip, resample="bilinear" if config.model_type == "vit" else "bicubic")
+    processor = folder / "preprocessor_config.json"
+    return replace(usual, **_said(json.loads(processor.read_text("utf-8")))) if processor.is_file() else usual
+
+
+def _said(processor: dict[str, Any]) -> dict[str, Any]:
+    """What a file of transformers' image processors says of :class:`Pixels`. (2 and 3 are Pillow's filters.)"""
+    said: dict[str, Any] = {}
+    if "image_mean" in processor and "image_std" in processor:
+        said |= {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])}
+    if processor.get("do_center_crop") or "shortest_edge" in (processor.get("size") or ()):
+        said["whole"] = False
+    elif "height" in (processor.get("size") or ()):
+        said["whole"] = True
+    if processor.get("resample") in _FILTERS:
+        said["resample"] = _FILTERS[processor["resample"]]
+    return said
 
 
 def draw(module: nn.Module, seed: int, skip: Sequence[str] = ()) -> None:

@@ -1,14 +1,7 @@
 """Checkpoints that any ZeRO stage on any number of ranks continues, and that are never found half-written.
 
 DeepSpeed's own checkpoints are cut by rank and stage, and with another number of ranks they do not load. Here weights
-and moments are read out of the engine as whole tensors and set into it again:
-
-    stage   fp32 weights                              Adam's state is keyed by
-    0       the module's parameters                   the parameter
-    1, 2    slices of one flat tensor a group, rank   that flat tensor
-    3       slices of one flat tensor a sub group     that flat tensor
-
-Frozen parameters have no moments, and no fp32 copy besides the module's own, in the precision that it computes in.
+and moments are read out of the engine as whole tensors and set into it again (masters.py).
 """
 
 from __future__ import annotations
@@ -18,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +24,7 @@ from torch import Tensor
 from longclip.errors import LongclipError, SiteError, told_as_no_space
 from longclip.run import checkpoints, lineage
 from longclip.run.checkpoints import LATEST, MANIFEST, MOMENTS, STATE, WEIGHTS
+from longclip.train import masters
 from longclip.train.ranks import Ranks
 
 T = TypeVar("T")
@@ -61,11 +55,11 @@ def save(
         on_rank_0(ranks, folder, partial(aside.mkdir, parents=True, exist_ok=True))
         for kind in (WEIGHTS, *MOMENTS):  # one after the other: rank 0 holds a third of it all in memory
             tensors: dict[str, Tensor] = {}
-            for parameter, tensor in _tensors(engine, kind):
+            for parameter, tensor in masters.tensors(engine, kind):
                 if ranks.rank == 0:
                     tensors[parameter] = tensor.to("cpu", torch.float32).contiguous()
             files[f"{kind}.safetensors"] = on_rank_0(ranks, folder, partial(_write_tensors, aside, kind, tensors))
-        state = {**state, "optimizer_step": _optimizer_step(engine)}
+        state = {**state, "optimizer_step": masters.optimizer_step(engine)}
         on_rank_0(ranks, folder, partial(_publish, aside, folder / name, state, files, fence))
     finally:
         if ranks.rank == 0:
@@ -86,12 +80,12 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
     with safe_open(path / f"{WEIGHTS}.safetensors", framework="pt") as saved:
         names = saved.keys()
         _compare(engine, {name: tuple(saved.get_slice(name).get_shape()) for name in names}, path)
-    _create_moments(engine, state["optimizer_step"])
+    masters.create_moments(engine, state["optimizer_step"])
     for kind in (WEIGHTS, *MOMENTS):
         with safe_open(path / f"{kind}.safetensors", framework="pt") as saved:
             for name, parameter in engine.module.named_parameters():
                 if kind == WEIGHTS or parameter.requires_grad:
-                    _set(engine, parameter, kind, saved.get_tensor(name))
+                    masters.set_whole(engine, parameter, kind, saved.get_tensor(name))
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer.update_lp_params()  # the module's copies, in its own precision, from the fp32 slices
     return state
@@ -118,101 +112,6 @@ def read_origin(folder: Path, reference: str, ranks: Ranks) -> tuple[dict[str, T
 def load_weights(path: Path) -> dict[str, Tensor]:
     """The fp32 weights in the checkpoint folder ``path``, by parameter name."""
     return safetensors.torch.load_file(path / f"{WEIGHTS}.safetensors")
-
-
-# -- into and out of DeepSpeed
-
-
-def _tensors(engine: Any, kind: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each parameter: its weight, or a moment if it has any. Collective at stages 1 to 3."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    _link_moments(engine)
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            if kind != WEIGHTS:
-                continue
-            with deepspeed.zero.GatheredParameters(parameter):  # does nothing below stage 3
-                tensor = parameter.detach().clone()
-        elif engine.zero_optimization_stage() == 0:
-            tensor = parameter if kind == WEIGHTS else engine.basic_optimizer.state[parameter][kind]
-        elif kind == WEIGHTS:
-            tensor = safe_get_full_fp32_param(parameter)
-        else:
-            tensor = safe_get_full_optimizer_state(parameter, kind)
-        yield name, tensor.detach()
-
-
-@torch.no_grad()
-def _set(engine: Any, parameter: Any, kind: str, value: Tensor) -> None:
-    """Set one parameter's whole fp32 weight or moment. Collective at stage 3, for weights."""
-    import deepspeed
-    from deepspeed.utils import (
-        safe_set_full_fp32_param,
-        safe_set_full_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    stage = engine.zero_optimization_stage()
-    if not parameter.requires_grad:
-        with deepspeed.zero.GatheredParameters(parameter, modifier_rank=0):
-            parameter.data.copy_(value)
-    elif stage == 0:
-        target = parameter if kind == WEIGHTS else engine.basic_optimizer.state[parameter][kind]
-        target.copy_(value)
-    elif stage < 3:
-        if kind == WEIGHTS:
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, kind)
-    else:
-        # safe_set_full_* slices without padding and fails where the elements do not divide by the ranks
-        part = parameter.ds_tensor.numel()
-        padded = value.new_zeros(part * torch.distributed.get_world_size())
-        padded[: value.numel()] = value.flatten()
-        own = padded.narrow(0, part * torch.distributed.get_rank(), part)
-        if kind == WEIGHTS:
-            safe_set_local_fp32_param(parameter, own)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):  # the module's own copy
-                parameter.data.copy_(value)
-        else:
-            safe_set_local_optimizer_state(parameter, own, kind)
-
-
-def _masters(engine: Any) -> list[Tensor]:
-    """The tensors that torch's AdamW really updates on this rank: its state is keyed by them."""
-    if engine.zero_optimization_stage() == 3:  # its groups hold them during a step only
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [tensor for group in engine.basic_optimizer.param_groups for tensor in group["params"]]
-
-
-def _create_moments(engine: Any, step: int) -> None:
-    """Adam's state at ``step``, still empty, as AdamW would make it on its first step. No batch is needed."""
-    optimizer = engine.basic_optimizer
-    on_device = bool(optimizer.defaults["fused"] or optimizer.defaults["capturable"])
-    for master in _masters(engine):
-        optimizer.state[master] = {
-            "step": torch.tensor(float(step), device=master.device if on_device else "cpu"),
-            **{moment: torch.zeros_like(master) for moment in MOMENTS},
-        }
-    _link_moments(engine)
-
-
-def _link_moments(engine: Any) -> None:
-    """Let the parameters of stages 1 and 2 see their slices of the flat moments.
-
-    DeepSpeed does it once, after the first step of its first parameter group, when the others have no moments yet
-    (deepspeed/runtime/zero/stage_1_and_2.py:2987), and reading theirs would fail.
-    """
-    if engine.zero_optimization_stage() in (1, 2):
-        engine.optimizer._hp_optimizer_states_linked = False
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-
-def _optimizer_step(engine: Any) -> int:
-    return int(engine.basic_optimizer.state[_masters(engine)[0]]["step"])
 
 
 def _compare(engine: Any, saved: dict[str, tuple[int, ...]], path: Path) -> None:

@@ -3,7 +3,7 @@
 What is easily got wrong here changes an experiment in silence, and is therefore spelled out: the batch arithmetic
 (DeepSpeed accumulates over the micro-batches of a step, whose gradients come from the loss over all of them, see
 ``cached.py``; never over losses, which would shrink the negatives), gradient clipping (1.0 in DeepSpeed when absent)
-and the gradient norm (before clipping, at every ZeRO stage).
+the gradient norm (before clipping, at every ZeRO stage), and the bound on the scale of the logits.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import nn
 
 from longclip.errors import UserError
 from longclip.experiment.schema import Experiment, Train, check_batch
+from longclip.model.clip import MAX_SCALE
+from longclip.run.checkpoints import WEIGHTS
+from longclip.train import masters
 from longclip.train.ranks import Ranks
 
 
@@ -91,6 +94,23 @@ def step(engine: Any) -> float:
         norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
+@torch.no_grad()
+def bound_scale(engine: Any, scale: float) -> None:
+    """After a step of the contrastive loss: a scale of the logits above its bound is set back to it. Collective.
+
+    ``scale`` is what the step began with, the same on all ranks. Far below the bound nothing is read: a step moves the
+    scale by a few learning rates, not by a factor of two.
+    """
+    if scale < MAX_SCALE / 2:
+        return
+    parameter = engine.module.log_scale
+    value = masters.weight(engine, parameter)
+    if float(value) > math.log(MAX_SCALE):
+        masters.set_whole(engine, parameter, WEIGHTS, torch.full_like(value, math.log(MAX_SCALE)))
+        if engine.zero_optimization_stage() in (1, 2):
+            parameter.data.fill_(math.log(MAX_SCALE))  # the module's own copy
 
 
 def learning_rate(train: Train, step: int, total_steps: int) -> float:

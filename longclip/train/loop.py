@@ -266,6 +266,8 @@ def take_step(engine: Any, part: Batch, kind: str, ranks: Ranks) -> tuple[float,
         loss, scale = LOSSES[kind](image_bd, text_bd, *numbers, ranks, part.valid.to(ranks.device)), numbers[0]
         engine.backward(loss)
     grad_norm = engines.step(engine)
+    if kind == "contrastive":
+        engines.bound_scale(engine, scale.item())
     return loss.item(), scale.item(), grad_norm
 
 

@@ -104,6 +104,7 @@ class Meters:
     def __init__(self, engine: Any, experiment: Experiment, ranks: Ranks) -> None:
         self.clock = Clock(ranks.device)
         self.window, self._ranks = experiment.model.context_length, ranks
+        self.packed = experiment.engine.text == "packed"
         self._shape = _shape(engine, experiment)
         gpu = shown_as(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
         self._peak = gpu.peak(experiment.train.precision) if gpu else None
@@ -140,7 +141,7 @@ class Meters:
         metrics = {
             "speed/samples_per_second": captions / seconds,
             "speed/tokens_per_second": tokens / seconds,
-            "text/padding_avoided": 1.0 - tokens / (captions * self.window),
+            "text/padding_avoided": 1.0 - tokens / (captions * self.window) if self.packed else 0.0,
             "data/wait_share": of_parts["data"] * self.steps / seconds,
             "memory/peak_gib": peak_bytes(self._ranks) / 2**30,
             "time/step": seconds / self.steps,

@@ -17,6 +17,7 @@ from longclip.data.decode import square, square_of
 from longclip.data.loader import Batch
 from longclip.model.packing import pack
 from longclip.model.towers import Pixels
+from tests.data.forms import form
 
 Box = tuple[float, float, float, float]
 
@@ -33,17 +34,23 @@ def ramps(width: int, height: int) -> np.ndarray[Any, Any]:
     return np.stack([x, y, np.full_like(x, 128)], axis=2).round().astype(np.uint8)
 
 
-def exactly(data: bytes, size: int, box: Box) -> np.ndarray[Any, Any]:
+def exactly(data: bytes, size: int, box: Box, how: int = Image.Resampling.BICUBIC) -> np.ndarray[Any, Any]:
     """Pillow's own: the whole image decoded, the box cut out and resized."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(image.resize((size, size), how, box=box))
 
 
 def test_evaluation_is_exact_at_any_size() -> None:
     """No reduction, to the bit, however large the image."""
     noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
     data = jpeg(noise)
-    assert np.array_equal(square(data, 64, None), exactly(data, 64, (150, 0, 750, 600)))
+    assert np.array_equal(square(data, form(64), None), exactly(data, 64, (150, 0, 750, 600)))
+
+
+def test_a_tower_that_knows_whole_images_sees_them_whole() -> None:
+    data = jpeg(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
+    found = square(data, form(16, whole=True, resample="bilinear"), None)
+    assert np.array_equal(found, exactly(data, 16, (0, 0, 90, 60), Image.Resampling.BILINEAR))
 
 
 @settings(max_examples=40, deadline=None)
@@ -62,7 +69,7 @@ def test_a_reduced_crop_is_the_same_place(width: int, height: int, size: int, dr
         factor = decode._factor(image, box, size)
     snapped = decode._snapped(box, factor, (width, height))
     assert all(abs(a - b) < factor for a, b in zip(snapped, box, strict=True))
-    found = square(data, size, crop).astype(int)
+    found = square(data, form(size), crop).astype(int)
     want = exactly(data, size, snapped if factor > 1 else box).astype(int)
     assert np.abs(found - want).mean() < (1.0 if factor > 1 else 1e-9)
     # Red's and green's means say where the crop's centre is: within a tenth of a target pixel.
@@ -103,7 +110,7 @@ def test_reduced_pixels_look_like_the_whole_ones(factor: int, side: int) -> None
     with Image.open(io.BytesIO(data)) as image:
         box = decode._box(*image.size, crop)
         assert decode._factor(image, box, 224) == factor
-    found, want = square(data, 224, crop).astype(int), exactly(data, 224, box).astype(int)
+    found, want = square(data, form(224), crop).astype(int), exactly(data, 224, box).astype(int)
     assert np.abs(found - want).mean() < 1.5
 
 
@@ -115,7 +122,7 @@ def test_every_kind_of_jpeg_is_reduced(mode: str, progressive: bool) -> None:
     image.save(stream, "JPEG", quality=95, progressive=progressive)
     crop = (1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     found, want = (
-        square(stream.getvalue(), 100, crop).astype(int),
+        square(stream.getvalue(), form(100), crop).astype(int),
         exactly(stream.getvalue(), 100, (0, 0, 640, 480)).astype(int),
     )
     assert found.shape == (100, 100, 3)
@@ -128,7 +135,7 @@ def test_deep_greys_are_refused(kind: type) -> None:
     stream = io.BytesIO()
     Image.fromarray(np.arange(4096).reshape(64, 64).astype(kind)).save(stream, "TIFF")
     with pytest.raises(ValueError, match="more than 8 bits a pixel"):
-        square(stream.getvalue(), 16, None)
+        square(stream.getvalue(), form(16), None)
 
 
 @pytest.mark.parametrize("shape", [(30, 41), (30, 41, 1), (41, 30, 3), (16, 16, 3), (16, 16)])
@@ -136,7 +143,7 @@ def test_pixels_are_seen_as_their_file_is(shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels.squeeze()).save(stream, "PNG")
-    assert np.array_equal(square_of(pixels, 16), square(stream.getvalue(), 16, None))
+    assert np.array_equal(square_of(pixels, form(16)), square(stream.getvalue(), form(16), None))
 
 
 def test_images_are_normalised_as_the_tower_wants() -> None:

@@ -23,6 +23,7 @@ from longclip.data.index import index_folder
 from longclip.data.shards import open_dataset
 from longclip.data.text import render
 from longclip.errors import LongclipError
+from tests.data.forms import form
 from tests.data.test_shards import picture, write_tar
 
 SLOWEST = 5.0
@@ -147,7 +148,7 @@ def test_images(inputs: int) -> None:
         crop = random.choice([None, (1.0, 1.0, 0, 0, 0, 0), (0.01, 1.0, *(random.random() for _ in range(4)))])
         begun = time.monotonic()
         try:
-            found = square(data, random.choice([1, 24]), crop)
+            found = square(data, form(random.choice([1, 24])), crop)
         except ValueError:
             continue
         finally:
@@ -242,4 +243,4 @@ def test_a_header_that_promises_gigapixels_costs_nothing() -> None:
     bmp = picture(0, "BMP")
     for side, said in ((60_000, "not a readable image"), (8_000, "more than 50 MPixel")):
         with pytest.raises(ValueError, match=said):
-            square(bmp[:18] + side.to_bytes(4, "little") * 2 + bmp[26:], 8, None)
+            square(bmp[:18] + side.to_bytes(4, "little") * 2 + bmp[26:], form(8), None)

@@ -26,6 +26,7 @@ from longclip.data.sources import Sources
 from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer, cut, vocabulary_of, waste
 from longclip.model.towers import Pixels
+from tests.data.forms import form
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -260,6 +261,6 @@ def test_square_without_crop_is_the_middle() -> None:
     wide[:, 4:26] = 200  # bicubic looks a little beyond the square
     stream = io.BytesIO()
     Image.fromarray(wide).save(stream, "PNG")
-    assert (square(stream.getvalue(), 5, None) == 200).all()
+    assert (square(stream.getvalue(), form(5), None) == 200).all()
     with pytest.raises(ValueError, match="not a readable image"):
-        square(b"GIF89a nonsense", 5, None)
+        square(b"GIF89a nonsense", form(5), None)

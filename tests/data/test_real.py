@@ -11,6 +11,7 @@ import pytest
 from longclip.data.decode import square
 from longclip.data.index import index_folder
 from longclip.data.shards import open_dataset
+from tests.data.forms import form
 
 HERE = Path(os.environ.get("LONGCLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "openstax"
 pytestmark = pytest.mark.skipif(not HERE.is_dir(), reason=f"no real shards at {HERE} (LONGCLIP_TEST_DATA names others)")
@@ -26,5 +27,5 @@ def test_all_pairs_are_found_and_readable(tmp_path: Path) -> None:
     for i in range(0, 301, 30):
         sample = held_out.read(0, i)
         assert sample.text.strip() and sample.fields["license"]
-        assert square(sample.image, 64, None).shape == (64, 64, 3)
+        assert square(sample.image, form(64), None).shape == (64, 64, 3)
     assert json.loads((tmp_path / "index" / "index.json").read_text())["root"] == str(HERE.resolve())

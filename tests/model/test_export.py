@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from longclip.data.loader import square
 from longclip.errors import UserError
-from longclip.experiment.schema import Model
+from longclip.experiment.schema import ImageTower, Model
 from longclip.model.clip import DualEncoder, build
 from longclip.model.export import write_openclip, write_transformers
 from longclip.model.packing import pack
-from longclip.model.towers import pixels_of
+from longclip.model.towers import ImageEncoder, pixels_of
 from tests.data.test_loader import WORDS
 from tests.model.test_packing import BERT, CLIP, CLIP_TEXT, MODERNBERT, ROBERTA, VIT
 from tests.vocabularies import fetch
@@ -134,7 +134,7 @@ def test_transformers_folders_in_a_clean_process(tmp_path: Path) -> None:
         seen = pixels_of(spec.image)
         mean, std = (torch.tensor(x).view(3, 1, 1) for x in (seen.mean, seen.std))
         for i, theirs in enumerate(there["pixels"]):
-            ours = torch.from_numpy(square((folder / f"{i}.png").read_bytes(), seen.size, None).copy())
+            ours = torch.from_numpy(square((folder / f"{i}.png").read_bytes(), seen, None).copy())
             torch.testing.assert_close(theirs, (ours.permute(2, 0, 1) / 255 - mean) / std, atol=1e-5, rtol=0)
         lengths = there["mask"].sum(1).tolist()
         assert max(lengths) == WINDOW and min(lengths) < WINDOW
@@ -181,6 +181,17 @@ def test_open_clip_s_layout(combination: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(theirs[1], text_BD, atol=1e-6, rtol=0)
     assert weights["logit_scale"].shape == () and weights["logit_scale"].exp().item() == pytest.approx(scale.item())
     assert AutoTokenizer.from_pretrained(config["text_cfg"]["hf_tokenizer_name"]).model_max_length == WINDOW
+
+
+@pytest.mark.parametrize("combination", [c for c in OPEN_CLIP if c[0]["model_type"] != "vit"], ids=name_of)
+def test_an_image_tower_exported_so_begins_another_run(combination: Any, tmp_path: Path) -> None:
+    model, spec = written(combination, tmp_path)
+    again = ImageEncoder(ImageTower(tower=str(tmp_path / "made"), pool=spec.image.pool), 24).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        again.head.load_state_dict(model.image.head.state_dict())
+        torch.testing.assert_close(again(pixels), model.image(pixels), atol=1e-6, rtol=1e-6)
+    assert pixels_of(ImageTower(tower=str(tmp_path / "made"))) == pixels_of(spec.image)
 
 
 def transformer(w: dict[str, Tensor], x: Tensor, c: dict[str, Any], heads: int, quick: bool, causal: bool) -> Tensor:

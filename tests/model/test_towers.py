@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     CLIPConfig,
+    CLIPImageProcessor,
     CLIPModel,
     SiglipConfig,
+    SiglipImageProcessor,
     SiglipModel,
+    ViTImageProcessor,
 )
 
+from longclip.data.decode import square
+from longclip.data.loader import normalised
 from longclip.errors import UserError
 from longclip.experiment.identity import hash_folder
 from longclip.experiment.schema import ImageTower, Model, TextTower
@@ -200,6 +209,26 @@ def test_open_clip_s_weights_are_mapped_in(quick_gelu: bool, tmp_path: Path) -> 
     assert pixels_of(asked).mean == (0.1, 0.2, 0.3) and pixels_of(asked).std == (0.4, 0.5, 0.6)
     other = encoder.head(_openclip_features(tensors, pixels, not quick_gelu))
     assert not torch.allclose(encoder(pixels), other, atol=1e-4)
+
+
+def test_preprocessing_is_the_tower_s(tmp_path: Path) -> None:
+    """As transformers' own processors of these kinds do it, and as a folder's files say."""
+    for name, cls in (("vit", ViTImageProcessor), ("siglip", SiglipImageProcessor), ("clip", CLIPImageProcessor)):
+        folder = tmp_path / name
+        settings: dict[str, Any] = dict(IMAGES[name])
+        AutoConfig.for_model(settings.pop("model_type"), **settings).save_pretrained(folder)
+        size: Any = {"shortest_edge": 16} if name == "clip" else {"height": 16, "width": 16}
+        theirs = cls(size=size, crop_size={"height": 16, "width": 16})
+        noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        want = torch.as_tensor(np.asarray(theirs(noise, return_tensors="np")["pixel_values"]))
+        stream = io.BytesIO()
+        Image.fromarray(noise).save(stream, "PNG")
+        unsaid = pixels_of(ImageTower(tower=str(folder)))
+        theirs.save_pretrained(folder)
+        said = pixels_of(ImageTower(tower=str(folder)))
+        for form in (unsaid, said):
+            seen = torch.from_numpy(square(stream.getvalue(), form, None).copy())[None]
+            torch.testing.assert_close(normalised(seen, form, torch.device("cpu")), want, atol=2 / 255 / 0.26, rtol=0)
 
 
 def test_open_clip_s_folder_is_pinned_by_its_shape_too(tmp_path: Path) -> None:

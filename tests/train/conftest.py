@@ -61,6 +61,10 @@ def trained(run_ranks: Callable[[Groups], Groups], checkpoints: Path) -> Groups:
             }
         for label, job in groups[size].items():
             job |= {"save_at": 10, "folder": str(checkpoints / f"{size}-{label}")}
+        if size < 4:
+            groups[size] |= {
+                f"bound zero{stage}": {"do": "train", "stage": stage, "near_bound": True} for stage in STAGES
+            }
         groups[size]["talk"] = {"do": "talk"}
         groups[size]["masked"] = {"do": "train", "stage": 2, "masked": True}
     groups[1] |= {f"diverge zero{stage}": {"do": "diverge", "stage": stage} for stage in STAGES}

@@ -17,7 +17,7 @@ from longclip.train import engine
 from tests.train.conftest import STAGES, Groups
 from tests.train.two_towers import CLIP, LR, STEPS, WARMUP, experiment, plain_training
 
-Curves = tuple[list[float], list[float]]
+Curves = tuple[list[float], ...]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,11 @@ def plain() -> Curves:
 
 
 def test_the_comparison_is_worth_something(plain: Curves) -> None:
-    losses, norms = plain
+    losses, norms, scales = plain
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     assert min(norms) < CLIP < max(norms)
     assert sum(norm > CLIP for norm in norms) in range(5, STEPS - 5)
+    assert max(scales) < 50
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -38,6 +39,17 @@ def test_equals_plain_torch(trained: Groups, plain: Curves, ranks: int, stage: i
     run = trained[ranks][f"zero{stage}"]
     assert run["losses"] == pytest.approx(plain[0], rel=1e-5)
     assert run["norms"] == pytest.approx(plain[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_scale_is_held_at_its_bound_and_comes_back(trained: Groups, ranks: int, stage: int) -> None:
+    losses, norms, scales = plain_training(near_bound=True)
+    assert scales[4:8] == pytest.approx([100] * 4) and scales[-1] < 98
+    run = trained[ranks][f"bound zero{stage}"]
+    assert run["scales"] == pytest.approx(scales, rel=1e-5)
+    assert run["losses"] == pytest.approx(losses, rel=1e-5)
+    assert run["norms"] == pytest.approx(norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -58,7 +70,7 @@ def test_a_diverged_step_shows_in_the_norm(trained: Groups, stage: int) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_masked_samples_are_as_if_absent(trained: Groups, ranks: int) -> None:
-    losses, norms = plain_training(masked=True)
+    losses, norms, _ = plain_training(masked=True)
     assert trained[ranks]["masked"]["losses"] == pytest.approx(losses, rel=1e-5)
     assert trained[ranks]["masked"]["norms"] == pytest.approx(norms, rel=1e-5)
 

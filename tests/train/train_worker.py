@@ -34,9 +34,9 @@ from longclip.evaluate.retrieval import evaluate
 from longclip.evaluate.suite import Retrieval
 from longclip.model.clip import build
 from longclip.model.towers import Pixels
-from longclip.train import cached, checkpoint, engine, loop, loss, ranks
+from longclip.train import cached, checkpoint, engine, loop, loss, masters, ranks
 from tests.train import small_clip
-from tests.train.two_towers import STEPS, TwoTowers, batch, experiment, valid_mask, whole_loss
+from tests.train.two_towers import STEPS, TwoTowers, batch, experiment, pushed, valid_mask, whole_loss
 
 
 def own_part(me: ranks.Ranks, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -46,23 +46,28 @@ def own_part(me: ranks.Ranks, *tensors: torch.Tensor) -> list[torch.Tensor]:
 def train(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
     """Steps on this rank's part of each global batch, from the start or from a checkpoint."""
     asked = experiment(job["stage"], job.get("precision", "fp32"))
-    running = engine.start(TwoTowers(), asked, me)
+    near_bound = bool(job.get("near_bound"))
+    running = engine.start(TwoTowers(scale=95.0) if near_bound else TwoTowers(), asked, me)
     first = checkpoint.restore(running, Path(job["restore"]), me)["step"] if "restore" in job else 0
-    losses, norms = [], []
+    losses, norms, scales = [], [], []
     for step in range(first, job.get("last", STEPS)):
         pixels, tokens, valid = own_part(me, *batch(step), valid_mask(step))
         if asked.train.precision == "bf16":
             pixels = pixels.bfloat16()
         image, text, scale = running(pixels, tokens)
         local = loss.contrastive_loss(image, text, scale, me, valid if job.get("masked") else None)
+        if near_bound:
+            local = pushed(local, scale, step)
         running.backward(local)
         engine.set_lr(running, engine.learning_rate(asked.train, step, STEPS))
         norms.append(engine.step(running))
+        engine.bound_scale(running, scale.item())
+        scales.append(masters.weight(running, running.module.log_scale).exp().item())
         losses.append(me.sum_across([local.item()])[0] / me.size)
         if step + 1 == job.get("save_at"):
             checkpoint.save(running, Path(job["folder"]), f"step-{step + 1:08d}", {"step": step + 1}, me)
     running.destroy()
-    return {"losses": losses, "norms": norms}
+    return {"losses": losses, "norms": norms, "scales": scales}
 
 
 def clip(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:

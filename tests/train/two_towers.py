@@ -20,14 +20,14 @@ CLIP = 2.5
 class TwoTowers(nn.Module):
     """Pixels [b, 37] and tokens [b, 5] to unit vectors [b, 13]; no tensor's elements divide by 2, 3 and 4 alike."""
 
-    def __init__(self, width: int = 19) -> None:
+    def __init__(self, width: int = 19, scale: float = 10.0) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.image = nn.Sequential(nn.Linear(37, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, 13))
             self.words = nn.Embedding(41, 17)
             self.text = nn.Sequential(nn.LayerNorm(17), nn.Linear(17, 13))
-        self.log_scale = nn.Parameter(torch.tensor([math.log(10.0)]))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(scale)]))
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         image = functional.normalize(self.image(pixels), dim=-1)
@@ -51,6 +51,11 @@ def valid_mask(step: int) -> Tensor:
     if step % 3 == 0:
         valid[-6:] = False
     return valid
+
+
+def pushed(loss: Tensor, scale: Tensor, step: int) -> Tensor:
+    """Another loss, that drives the scale of the logits up for eight steps, and then down."""
+    return loss - scale.sum() if step < 8 else loss + scale.sum()
 
 
 def experiment(stage: int, precision: str = "fp32") -> Any:
@@ -94,9 +99,10 @@ def whole_loss(kind: str, image: torch.Tensor, text: torch.Tensor, scale: torch.
     return sum(functional.cross_entropy(x, own, reduction="sum") for x in (logits, logits.T)) / (2 * n)
 
 
-def plain_training(masked: bool = False) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms before clipping, by nothing but torch: one process, B x B similarities."""
-    model = TwoTowers()
+def plain_training(masked: bool = False, near_bound: bool = False) -> tuple[list[float], list[float], list[float]]:
+    """Losses, gradient norms before clipping, and scales after each step, by nothing but torch: one process, B x B
+    similarities. ``near_bound`` begins at a scale of 95, and it is pushed against its bound."""
+    model = TwoTowers(scale=95.0) if near_bound else TwoTowers()
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": DECAY},
@@ -105,7 +111,7 @@ def plain_training(masked: bool = False) -> tuple[list[float], list[float]]:
         betas=BETAS,
         eps=EPS,
     )
-    losses, norms = [], []
+    losses, norms, scales = [], [], []
     for step in range(STEPS):
         pixels, tokens = batch(step)
         if masked:
@@ -113,11 +119,16 @@ def plain_training(masked: bool = False) -> tuple[list[float], list[float]]:
         image, text, scale = model(pixels, tokens)
         loss = whole_loss("contrastive", image, text, scale)
         optimizer.zero_grad()
+        if near_bound:
+            loss = pushed(loss, scale, step)
         loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         for group in optimizer.param_groups:
             cosine = (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))) / 2
             group["lr"] = LR * ((step + 1) / WARMUP if step < WARMUP else cosine)
         optimizer.step()
+        with torch.no_grad():
+            model.log_scale.clamp_(max=math.log(100))  # as CLIP does (arXiv 2103.00020, section 2.5)
         losses.append(loss.item())
-    return losses, norms
+        scales.append(model.log_scale.exp().item())
+    return losses, norms, scales

@@ -102,7 +102,7 @@ def same_decode(folder: Path, tokenizer: Tokenizer, workers: int) -> Iterator[in
 
 def _decoded(sample: dict[str, Any]) -> tuple[np.ndarray[Any, Any], str]:
     draws = uniforms(4, 0, "crop", sample["__key__"]).tolist()
-    return square(sample["jpg"], SIZE, (*CROP, *draws)), sample["txt"].decode()
+    return square(sample["jpg"], FORM, (*CROP, *draws)), sample["txt"].decode()
 
 
 def _collated(tokenizer: Tokenizer, samples: list[tuple[np.ndarray[Any, Any], str]]) -> Batch:
