@@ -8,11 +8,11 @@ many can be counted: :func:`ceilings` gives the Recall@1 of a model that makes p
 Caption lengths follow the waste of real biomedical captions (arXiv 2510.03978, on BIOMEDICA-6M): 55 % of the tokens
 lie behind a window of 77, 2.2 % behind one of 512.
 
-The set is meant to be learnt in minutes by towers of width 64, and what that takes is on purpose. Filler is drawn
+The set is meant to be learnt in minutes by towers of width 128, and what that takes is on purpose. Filler is drawn
 sentence by sentence from a fixed set, not word by word. Every place has its own word for each stain (upper left is
 crimson where upper centre is scarlet), its own ground, and its cluster on its own side of its field. With shared
-words, one ground and centred clusters, such towers (transformers' default initialisation) counted stains instead of
-placing them: 9 to 27 % of the ceiling at window 77 after 90,000 samples. So the set shows what a window hides, not
+words, one ground and centred clusters, towers of width 64 (transformers' default initialisation) counted stains instead
+of placing them: 9 to 27 % of the ceiling at window 77 after 90,000 samples. So the set shows what a window hides, not
 whether a model can tie a word to a place.
 """
 
