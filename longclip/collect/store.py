@@ -1,9 +1,9 @@
 """Rows from an MLflow store or server, through its plain client: the same tables without the run folders.
 
-``longclip sync`` leaves a run's summary there as tags and its curves as metrics, so ``table.csv`` comes out the same,
-byte for byte, as of the last sync. What MLflow does not hold: the ranks of single queries (differences then have no
-intervals, and neither have means over seeds) and what suites say, unless the run's ``evaluations`` folder is among its
-artifacts, and points beyond the newest checkpoint of a run that still goes on.
+``longclip sync`` leaves a run's summary there as tags, its curves as metrics, and its evaluations (suites, the ranks of
+single queries) as artifacts, so ``table.csv`` comes out the same, byte for byte, as of the last sync. What MLflow does
+not hold: points beyond the newest checkpoint of a run that still goes on. Where this machine cannot read the store's
+artifacts, differences have no intervals, neither have means over seeds, and what suites say is missing.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from longclip.collect.row import CURVES, Curve, Row
 from longclip.collect.scores import of_suites, of_test, together
 from longclip.errors import SiteError, UserError
 from longclip.track import facts
+from longclip.track.mlflow import EVALUATIONS
 
-ARTIFACTS = "evaluations"
-"""of a run, where they were uploaded: as in its folder"""
 PAGE = 1000
 
 
@@ -84,10 +83,10 @@ def _row(client: Any, found: tuple[Any, dict[str, Any]]) -> Row:
     run_id = run.info.run_id
     curves = {name: _curve(client, run_id, name) for name in CURVES if name in run.data.metrics}
     row = row_of(known, curves, None)
-    if not any(f.path == ARTIFACTS for f in _artifacts(client, run_id)):
+    if not any(f.path == EVALUATIONS for f in _artifacts(client, run_id)):
         return row
     with tempfile.TemporaryDirectory() as folder:
-        there = Path(client.download_artifacts(run_id, ARTIFACTS, folder))
+        there = Path(client.download_artifacts(run_id, EVALUATIONS, folder))
         test = of_test(known["test"], there / "test.json", known["test_set"])
         suites, accuracy, records, missing = of_suites(there, (known["test"] or {}).get("checkpoint"), row.test_hash)
     return replace(row, scores=together(test, suites), accuracy=accuracy, records=records, notes=tuple(missing))

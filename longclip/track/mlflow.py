@@ -10,6 +10,7 @@ The runs of a sweep are children of one parent run (parent.py). Who may write wh
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,8 @@ STATUS = {
     **dict.fromkeys((*INFRASTRUCTURE, "cancelled", "killed", "lost"), "KILLED"),
 }
 """A run's state -> what MLflow shows; all other states are FAILED"""
+EVALUATIONS = "evaluations"
+"""among a run's artifacts: the folder of that name in its own folder"""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Synced:
     """sent up to here"""
     points: int
     """journal points sent this time"""
+    left: str = ""
+    """why its evaluations are not among its artifacts; all else is there"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class SyncReport:
         names = ", ".join(sorted({r.experiment for r in self.runs})) or "nothing to send"
         words = [f"{len(self.runs)} run{'' if len(self.runs) == 1 else 's'} synced"]
         words += [f"{self.waiting} not started"] if self.waiting else []
-        return f"{names} ({', '.join(words)})"
+        left = next((f"; evaluations not sent: {r.left}" for r in self.runs if r.left), "")
+        return f"{names} ({', '.join(words)}){left}"
 
 
 def sync(runs: Sequence[RunFolder], uri: str, states: Mapping[Path, str] | None = None) -> SyncReport:
@@ -125,15 +131,16 @@ def _replay(run: RunFolder, store: Store, parents: Parents, state: str | None, l
     parent = parents.of(run, name, begun, params)
     lease.renew()
     client = store.client
-    known, sent, sender = _claimed(run, store)
+    known, sent, sender, evaluated = _claimed(run, store)
     if known is None:
         place = store.experiment(name)
         lease.renew()
         known = client.create_run(place, start_time=ms(begun), tags={PARENT: parent}, run_name=run.name)
-        sent = 0
+        sent, evaluated = 0, ""
         parents.moved(parent)
     run_id = known.info.run_id
     record = {"run_id": run_id, "uri": store.uri, "samples": sent, "attempt": sender}
+    record |= {"evaluations": evaluated} if evaluated else {}
     write_json(run.path / "mlflow.json", record)
 
     # Parameters never change in MLflow: the first attempt's stay.
@@ -165,21 +172,47 @@ def _replay(run: RunFolder, store: Store, parents: Parents, state: str | None, l
         else:
             client.set_terminated(run_id, status, ms(_end(last, points)))
         parents.moved(parent)
-    write_json(run.path / "mlflow.json", {**record, "samples": sent, "attempt": sender})
-    return Synced(run.name, run_id, name, status, sent, len(new))
+    evaluated, left = _send_evaluations(run, evaluated, client, run_id)
+    record |= {"samples": sent, "attempt": sender} | ({"evaluations": evaluated} if evaluated else {})
+    write_json(run.path / "mlflow.json", record)
+    return Synced(run.name, run_id, name, status, sent, len(new), left)
 
 
-def _claimed(run: RunFolder, store: Store) -> tuple[Any, int, int]:
-    """The MLflow run that stands for ``run`` in this store, or None; the position sent, and by which attempt."""
+def _send_evaluations(run: RunFolder, sent: str, client: Any, run_id: str) -> tuple[str, str]:
+    """Puts the run's ``evaluations/`` among its artifacts where they are not what was ``sent``: their fingerprint, and
+    why they could not go. Ranks of single queries are files; paired intervals need them.
+
+    That a server's artifacts cannot be reached from here (they may lie in a bucket) hurts nothing else.
+    """
+    from mlflow.exceptions import MlflowException
+
+    files = sorted(f for f in run.evaluations.rglob("*") if f.suffix in (".json", ".npz") and f.is_file())
+    if not files:
+        return "", ""
+    stats = [(str(f.relative_to(run.evaluations)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+    if fingerprint == sent:
+        return sent, ""
+    try:
+        client.log_artifacts(run_id, str(run.evaluations), EVALUATIONS)
+    except (MlflowException, OSError, ImportError) as error:  # such as no boto3 for a bucket
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return "", lines[0][:200]
+    return fingerprint, ""
+
+
+def _claimed(run: RunFolder, store: Store) -> tuple[Any, int, int, str]:
+    """The MLflow run that stands for ``run`` in this store, or None; the position sent, by which attempt, and the
+    fingerprint of the evaluations sent."""
     try:
         record = read_json(run.path / "mlflow.json")
         known = store.run(record["run_id"])
     except (FileNotFoundError, ValueError, KeyError):
-        return None, 0, 0
+        return None, 0, 0, ""
     # Known under another address: a moved store, or an older copy of it. All is sent again, and stored once.
     if known is None or record.get("uri") != store.uri:
-        return known, 0, 0
-    return known, int(record["samples"]), int(record.get("attempt", 0))
+        return known, 0, 0, ""
+    return known, int(record["samples"]), int(record.get("attempt", 0)), str(record.get("evaluations", ""))
 
 
 def _status(last: Attempt, state: str | None) -> str:

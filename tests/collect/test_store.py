@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -64,7 +65,10 @@ def test_one_run_of_a_sweep(synced: tuple[list[RunFolder], str]) -> None:
     assert [r.folder for r in gather_from(uri, ["tiny/ctx512_s1"])] == [runs[3].name]
 
 
-def test_ranks_are_not_there_unless_they_were_uploaded(synced: tuple[list[RunFolder], str], tmp_path: Path) -> None:
+def test_the_ranks_of_single_queries_are_there_too(
+    synced: tuple[list[RunFolder], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent once; where artifacts cannot be read, only what needs them is missing."""
     from mlflow import MlflowClient
 
     runs = [scored_run(tmp_path / "other", w, 0.4 + w / 5120) for w in (77, 512)]
@@ -72,11 +76,15 @@ def test_ranks_are_not_there_unless_they_were_uploaded(synced: tuple[list[RunFol
     (tmp_path / "other" / "tiny").rename(tmp_path / "other" / "planted")
     runs = [RunFolder(tmp_path / "other" / "planted" / r.name) for r in runs]
     uri = synced[1]
-    report = sync(runs, uri)
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_artifacts", Mock(side_effect=OSError("no bucket")))
+        assert str(sync(runs, uri)).endswith("(2 runs synced); evaluations not sent: no bucket")
     without = write(gather_from(uri, ["planted"]), tmp_path / "a").comparison.lines[1]
     assert without.deltas["i2t_recall_at_1"].low is None and without.scores["i2t_recall_at_1"].low is not None
-    for run, there in zip(runs, report.runs, strict=True):
-        MlflowClient(uri).log_artifacts(there.run_id, str(run.evaluations), "evaluations")
+    assert str(sync(runs, uri)) == "planted (2 runs synced)"
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_artifacts", Mock(side_effect=AssertionError("sent twice")))
+        sync(runs, uri)
     files = [
         write(rows, tmp_path / n).files[0] for n, rows in (("b", gather(runs)), ("c", gather_from(uri, ["planted"])))
     ]
