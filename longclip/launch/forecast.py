@@ -5,7 +5,6 @@ A run that has trained already is measured, not estimated: its speed is in its j
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -21,12 +20,11 @@ from longclip.data.shards import open_dataset
 from longclip.data.sources import Sources
 from longclip.data.text import Text
 from longclip.errors import LongclipError, UserError
-from longclip.experiment import kinds
-from longclip.experiment.identity import OPEN_CLIP, train_sources
+from longclip.experiment.identity import train_sources
 from longclip.experiment.load import Loaded
 from longclip.experiment.schema import Experiment
 from longclip.launch.plan import Plan
-from longclip.launch.resolve import resolve
+from longclip.launch.resolve import resolve, tower_config
 from longclip.launch.site import Site
 from longclip.model.shape import Shape, shape_of
 from longclip.run.journal import effective, series
@@ -80,26 +78,7 @@ def _config(experiment: Experiment, side: str, paths: dict[str, str]) -> dict[st
     key = f"model.{side}.tower"
     if key not in paths:
         raise UserError(f"{key}: {tower.tower} is not here, so its size is not known")
-    folder = Path(paths[key])
-    if not (folder / "config.json").is_file():
-        return _of_openclip(json.loads((folder / OPEN_CLIP).read_text(encoding="utf-8"))["model_cfg"])
-    return kinds.part(json.loads((folder / "config.json").read_text(encoding="utf-8")), side)
-
-
-def _of_openclip(model: dict[str, Any]) -> dict[str, Any]:
-    """Of an image tower that open_clip wrote (model/openclip.py makes the same of it, with transformers)."""
-    vision = model["vision_cfg"]
-    width = int(vision["width"])
-    return {
-        "model_type": "clip_vision_model",
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "hidden_size": width,
-        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
-        "num_hidden_layers": vision["layers"],
-        "num_attention_heads": width // vision.get("head_width", 64),
-        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-    }
+    return tower_config(Path(paths[key]), key, side)
 
 
 def _captions(experiment: Experiment, paths: dict[str, str]) -> Captions:
