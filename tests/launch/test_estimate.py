@@ -96,12 +96,22 @@ def test_the_command_on_the_paper_s_four_windows(tmp_path: Path) -> None:
     assert all(e["fits"] for e in found)
 
 
+@pytest.mark.parametrize("words", ["--gpus 1 4 8 16", "--gpus 1,4,8,16", "--gpus 1,4 8 16"])
+def test_numbers_of_gpus_are_written_with_spaces_or_commas(words: str, tmp_path: Path) -> None:
+    file = ROOT / "experiments" / "longcap" / "ctx77.yaml"
+    for order in ((file, *words.split()), (*words.split(), file)):
+        found = json.loads(longclip("estimate", *order, "--json", cwd=tmp_path))
+        assert [(e["name"], e["ranks"]) for e in found] == [("ctx77", ranks) for ranks in (1, 4, 8, 16)]
+    assert "no experiment file is named" in longclip("estimate", *words.split(), "2", cwd=tmp_path, code=2)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--gpu", "h100"), "--gpu h100: not known; known: v100-16g, "),
         (("--gpus", "3"), "--gpus 3: a batch of 4096 does not divide among them"),
-        (("--gpus", "one"), "--gpus one: valid is a number, or several with commas"),
+        (("--gpus", "one"), "--gpus one: valid is a number, or several: 1 4 16"),
+        (("--gpus", "4", "0"), "--gpus 4 0: valid is a number, or several: 1 4 16"),
     ],
 )
 def test_mistakes(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
