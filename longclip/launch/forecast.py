@@ -152,11 +152,9 @@ def table(estimates: Sequence[Estimate], gpu: Gpu | None) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold")
     per_million = any(e.samples is None for e in estimates)
     unit = "GPU" if gpu else "rank"
-    numbers = ("window", "tokens", "GFLOP/pair", f"{unit}s", "batch/rank", "micro", "ZeRO", "GiB", "of it activations")
-    stages = sorted({stage for e in estimates for stage in e.by_stage})
-    of_stages = tuple(f"GiB at {stage}" for stage in stages)
+    numbers = ("window", "tokens", "GFLOP/pair", f"{unit}s", "batch/rank", "micro", "ZeRO", "GiB")
     times = ("pairs/s", "h/M pairs" if per_million else "h", f"{unit}-h") if gpu else ()
-    for column in ("run", *numbers, *of_stages, *times, ""):
+    for column in ("run", *numbers, *times, ""):
         made.add_column(column, justify="left" if column in ("run", "") else "right")
     for e in estimates:
         timed = (_number(e.samples_per_second), _number(e.hours), _number(e.rank_hours)) if gpu else ()
@@ -170,11 +168,32 @@ def table(estimates: Sequence[Estimate], gpu: Gpu | None) -> Table:
             str(e.micro_batch),
             str(e.stage),
             f"{e.memory.peak / 2**30:.1f}",
-            f"{e.memory.activations / 2**30:.1f}",
-            *(f"{e.by_stage[s] / 2**30:.1f}" if s in e.by_stage else "-" for s in stages),
             *timed,
             "does not fit" if e.fits is False else "",
         )
+    return made
+
+
+def memory_table(estimates: Sequence[Estimate], gpu: Gpu | None) -> Table:
+    """The parts of one rank's memory, in GiB: a row for every ZeRO stage, and for what is taken."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    parts = ("weights", "gradients", "optimizer", "its step", "activations", "loss", "other", "peak")
+    for column in ("run", "GPUs" if gpu else "ranks", "micro", "ZeRO", *parts, ""):
+        made.add_column(column, justify="left" if column in ("run", "") else "right")
+    for e in estimates:
+        rows = {(e.asked_micro_batch, stage): memory for stage, memory in e.by_stage.items()}
+        rows[e.micro_batch, e.stage] = e.memory
+        for (micro, stage), m in rows.items():
+            other = m.inputs + m.libraries
+            numbers = (m.weights, m.gradients, m.optimizer, m.step, m.activations, m.loss, other, m.peak)
+            made.add_row(
+                e.name,
+                str(e.ranks),
+                str(micro),
+                str(stage),
+                *(f"{number / 2**30:.1f}" for number in numbers),
+                "taken" if (micro, stage) == (e.micro_batch, e.stage) else "",
+            )
     return made
 
 
