@@ -27,10 +27,15 @@ CONFIG = "config.json"
 
 _HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 """of the widths whose heads are not 64 wide: so400m, huge, giant, gigantic"""
-_SEEN = {"img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "pre_norm", "class_token", "fc_norm"}
+_SEEN = {
+    *("in_chans", "img_size", "patch_size", "embed_dim", "depth", "mlp_ratio", "qkv_bias", "proj_bias", "qk_norm"),
+    *("init_values", "class_token", "reg_tokens", "pos_embed", "no_embed_class", "pre_norm", "final_norm", "fc_norm"),
+}
 """of ``model_args``, what the tensors show"""
-_NO_MATTER = {"num_classes", "global_pool", "dynamic_img_size", "drop_rate", "pos_drop_rate", "patch_drop_rate"}
-_NO_MATTER |= {"proj_drop_rate", "attn_drop_rate", "drop_path_rate"}
+_NO_MATTER = {
+    *("num_classes", "global_pool", "weight_init", "fix_init", "strict_img_size", "dynamic_img_size"),
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+}
 """of ``model_args``, what is not the trunk's, or of no effect on its features"""
 _LAYER = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 _VIT = {
@@ -73,7 +78,9 @@ def vision_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no plain ViT of timm's: {CONFIG} has model_args.{other[0]}")
     _check_names(folder, shapes)
     clip = "norm_pre.weight" in shapes
-    width, _, patch, _ = shapes["patch_embed.proj.weight"]
+    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+    if channels != 3:
+        raise UserError(f"{folder}: takes images of {channels} channels; here they have three, RGB")
     side = math.isqrt(shapes["pos_embed"][-2] - 1)
     if side**2 + 1 != shapes["pos_embed"][-2]:
         raise UserError(

@@ -292,7 +292,8 @@ def _timm_folder(
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
     cfg = {"input_size": [3, SIZE, SIZE], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.9}
-    said = {"architecture": name, "num_classes": 5, "num_features": d, "global_pool": "token"}
+    args = {"num_classes": 5, "in_chans": 3, "global_pool": "token", "img_size": [SIZE, SIZE]}
+    said = {"architecture": name, "num_classes": 5, "num_features": d, "global_pool": "token", "model_args": args}
     (folder / "config.json").write_text(json.dumps({**said, "pretrained_cfg": {**cfg, "interpolation": "bicubic"}}))
     return tensors
 
@@ -450,14 +451,17 @@ def test_submit_reads_their_shapes_without_torch(tmp_path: Path) -> None:
 
 def test_damaged_folders_of_timm_s_are_said_to_be(tmp_path: Path) -> None:
     folder = tmp_path / "vit"
-    _timm_folder(folder, "vit", False, more={"pos_embed": torch.zeros(1, 4, TIMM_WIDTH)})
-    asked = ImageTower(tower=str(folder))
+    tensors = _timm_folder(folder, "vit", False, more={"pos_embed": torch.zeros(1, 4, TIMM_WIDTH)})
+    asked, file = ImageTower(tower=str(folder)), folder / "model.safetensors"
     with pytest.raises(UserError, match="pos_embed has 4 positions, not those of a class token and a square"):
         ImageEncoder(asked, 8)
-    (folder / "model.safetensors").write_bytes(b"\xff" * 40)
+    save_file({**tensors, "patch_embed.proj.weight": torch.zeros(TIMM_WIDTH, 1, PATCH, PATCH)}, file)
+    with pytest.raises(UserError, match="images of 1 channels"):
+        ImageEncoder(asked, 8)
+    file.write_bytes(b"\xff" * 40)
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
         ImageEncoder(asked, 8)
-    (folder / "model.safetensors").unlink()
+    file.unlink()
     with pytest.raises(UserError, match="pickled weights are not read"):
         ImageEncoder(asked, 8)
     (folder / "config.json").write_text('{"architecture": "vit"}')
