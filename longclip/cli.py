@@ -100,7 +100,7 @@ def estimate(
     paths: Paths,
     set_: Sets = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="As in h100-80g; by default the site's gpu_type.")] = None,
-    gpus: Annotated[str | None, typer.Option("--gpus", help="How many: 4, or 1,4,16 for a row each.")] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", help="How many: 4, or 1 4 16 for a row each.")] = None,
     utilisation: Annotated[float, typer.Option("--utilisation", min=0.01, max=1, help="Of the GPU's peak.")] = 0.35,
     as_json: Json = False,
     site: SiteName = None,
@@ -114,8 +114,13 @@ def estimate(
     profile = _site(site, None)
     device = of_site(profile.gpu_type) if gpu is None else named(gpu)
     counts = gpus.split(",") if gpus else []
+    if gpus is not None:  # what the parser takes for paths, in `--gpus 1 4 16`
+        counts += [str(path) for path in paths if str(path).isdecimal()]
+        paths = [path for path in paths if not str(path).isdecimal()]
     if not all(count.isdecimal() and int(count) > 0 for count in counts):
-        raise UserError(f"--gpus {gpus}: valid is a number, or several with commas: 1,4,16")
+        raise UserError(f"--gpus {' '.join(counts)}: valid is a number, or several: 1 4 16")
+    if not paths:
+        raise UserError(f"--gpus {' '.join(counts)}: no experiment file is named")
     found, notes = forecasts(load(paths, set_), profile, device, [int(count) for count in counts], utilisation)
     if as_json:
         print(json.dumps([e.as_dict() for e in found], indent=1))

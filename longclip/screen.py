@@ -59,13 +59,18 @@ def print_plans(plans: Sequence[Plan], site: Site) -> None:
 
 def print_estimates(estimates: Sequence[Estimate], notes: Iterable[str], gpu: Gpu | None, utilisation: float) -> None:
     """The parts of the models, the table, and what the numbers rest on."""
-    from longclip.launch.forecast import table
+    from longclip.launch.forecast import memory_table, table
 
     for parts in dict.fromkeys(tuple(e.parameters.items()) for e in estimates):
         names = ", ".join(e.name for e in estimates if tuple(e.parameters.items()) == parts)
         said = ", ".join(f"{part} {count:,}" for part, count in parts)
         out.print(f"parameters {sum(dict(parts).values()):,} ({said}): {_once(names)}", highlight=False)
     out.print(table(estimates, gpu))
+    out.print(memory_table(estimates, gpu))
+    out.print(
+        "GiB of one rank; not all stand at once, so the peak is not their sum; other: images and libraries",
+        highlight=False,
+    )
     if gpu is None:
         out.print(
             "no GPU named: no time; memory is that of CPU ranks, unless the experiment asks for GPUs (--gpu NAME)"

@@ -157,9 +157,9 @@ def _licenses(key: str, folder: str | None) -> str:
 
 
 _TRANSFORMERS = [
-    "Needs torch, transformers (5.23 or later) and safetensors. Captions are cut to the window as the tokenizer's own "
-    "truncation does it. The image processor resizes and then crops; evaluation here cut out the middle square first, "
-    "which on images that are not square differs by rounding.",
+    "Needs torch, transformers (5.23 or later), safetensors and pillow. Captions are cut to the window as the "
+    "tokenizer's own truncation does it. The image processor resizes and then crops; evaluation here cut out the "
+    "middle square first, which on images that are not square differs by rounding.",
 ]
 _OPEN_CLIP = [
     "Needs open_clip_torch 3.3 or later. `hf_model_name` in open_clip_config.json is where open_clip finds the text "

@@ -5,7 +5,6 @@ A run that has trained already is measured, not estimated: its speed is in its j
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -21,12 +20,11 @@ from longclip.data.shards import open_dataset
 from longclip.data.sources import Sources
 from longclip.data.text import Text
 from longclip.errors import LongclipError, UserError
-from longclip.experiment import kinds
-from longclip.experiment.identity import OPEN_CLIP, train_sources
+from longclip.experiment.identity import train_sources
 from longclip.experiment.load import Loaded
 from longclip.experiment.schema import Experiment
 from longclip.launch.plan import Plan
-from longclip.launch.resolve import resolve
+from longclip.launch.resolve import resolve, tower_config
 from longclip.launch.site import Site
 from longclip.model.shape import Shape, shape_of
 from longclip.run.journal import effective, series
@@ -80,26 +78,7 @@ def _config(experiment: Experiment, side: str, paths: dict[str, str]) -> dict[st
     key = f"model.{side}.tower"
     if key not in paths:
         raise UserError(f"{key}: {tower.tower} is not here, so its size is not known")
-    folder = Path(paths[key])
-    if not (folder / "config.json").is_file():
-        return _of_openclip(json.loads((folder / OPEN_CLIP).read_text(encoding="utf-8"))["model_cfg"])
-    return kinds.part(json.loads((folder / "config.json").read_text(encoding="utf-8")), side)
-
-
-def _of_openclip(model: dict[str, Any]) -> dict[str, Any]:
-    """Of an image tower that open_clip wrote (model/openclip.py makes the same of it, with transformers)."""
-    vision = model["vision_cfg"]
-    width = int(vision["width"])
-    return {
-        "model_type": "clip_vision_model",
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "hidden_size": width,
-        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
-        "num_hidden_layers": vision["layers"],
-        "num_attention_heads": width // vision.get("head_width", 64),
-        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-    }
+    return tower_config(Path(paths[key]), key, side)
 
 
 def _captions(experiment: Experiment, paths: dict[str, str]) -> Captions:
@@ -173,11 +152,9 @@ def table(estimates: Sequence[Estimate], gpu: Gpu | None) -> Table:
     made = Table(box=None, pad_edge=False, header_style="bold")
     per_million = any(e.samples is None for e in estimates)
     unit = "GPU" if gpu else "rank"
-    numbers = ("window", "tokens", "GFLOP/pair", f"{unit}s", "batch/rank", "micro", "ZeRO", "GiB", "of it activations")
-    stages = sorted({stage for e in estimates for stage in e.by_stage})
-    of_stages = tuple(f"GiB at {stage}" for stage in stages)
+    numbers = ("window", "tokens", "GFLOP/pair", f"{unit}s", "batch/rank", "micro", "ZeRO", "GiB")
     times = ("pairs/s", "h/M pairs" if per_million else "h", f"{unit}-h") if gpu else ()
-    for column in ("run", *numbers, *of_stages, *times, ""):
+    for column in ("run", *numbers, *times, ""):
         made.add_column(column, justify="left" if column in ("run", "") else "right")
     for e in estimates:
         timed = (_number(e.samples_per_second), _number(e.hours), _number(e.rank_hours)) if gpu else ()
@@ -191,11 +168,32 @@ def table(estimates: Sequence[Estimate], gpu: Gpu | None) -> Table:
             str(e.micro_batch),
             str(e.stage),
             f"{e.memory.peak / 2**30:.1f}",
-            f"{e.memory.activations / 2**30:.1f}",
-            *(f"{e.by_stage[s] / 2**30:.1f}" if s in e.by_stage else "-" for s in stages),
             *timed,
             "does not fit" if e.fits is False else "",
         )
+    return made
+
+
+def memory_table(estimates: Sequence[Estimate], gpu: Gpu | None) -> Table:
+    """The parts of one rank's memory, in GiB: a row for every ZeRO stage, and for what is taken."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    parts = ("weights", "gradients", "optimizer", "its step", "activations", "loss", "other", "peak")
+    for column in ("run", "GPUs" if gpu else "ranks", "micro", "ZeRO", *parts, ""):
+        made.add_column(column, justify="left" if column in ("run", "") else "right")
+    for e in estimates:
+        rows = {(e.asked_micro_batch, stage): memory for stage, memory in e.by_stage.items()}
+        rows[e.micro_batch, e.stage] = e.memory
+        for (micro, stage), m in rows.items():
+            other = m.inputs + m.libraries
+            numbers = (m.weights, m.gradients, m.optimizer, m.step, m.activations, m.loss, other, m.peak)
+            made.add_row(
+                e.name,
+                str(e.ranks),
+                str(micro),
+                str(stage),
+                *(f"{number / 2**30:.1f}" for number in numbers),
+                "taken" if (micro, stage) == (e.micro_batch, e.stage) else "",
+            )
     return made
 
 

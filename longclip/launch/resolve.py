@@ -23,6 +23,7 @@ from longclip.experiment.identity import OPEN_CLIP, hash_folder, references, tra
 from longclip.experiment.schema import Experiment
 from longclip.launch.site import Site
 from longclip.launch.suites import check_text, resolve_suite
+from longclip.model.layouts import layout_of
 from longclip.run import lineage
 from longclip.run.folder import RunFolder
 
@@ -154,8 +155,13 @@ def fetched(reference: str, site: Site) -> Path:
         ) from None
 
 
-def _tower_config(folder: Path, key: str, side: str) -> dict[str, Any]:
-    """The config of a tower in a folder. Raises UserError where there is none, or of another kind of model."""
+def tower_config(folder: Path, key: str, side: str) -> dict[str, Any]:
+    """The transformers configuration of a tower in a folder; of a checkpoint with both towers that of this side.
+
+    Raises UserError where there is none, or of another kind of model.
+    """
+    if side == "image" and (layout := layout_of(folder)) is not None:
+        return layout.vision_config(folder)
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -170,14 +176,12 @@ def _check_towers(experiment: Experiment, paths: dict[str, str]) -> None:
     """The towers are of a known kind; window and vocabulary fit the text tower, as far as its config says."""
     image, text = experiment.model.image, experiment.model.text
     if folder := paths.get("model.image.tower"):
-        kind = "clip_vision_model"
-        if not (Path(folder) / OPEN_CLIP).is_file() or (Path(folder) / "config.json").is_file():
-            kind = _tower_config(Path(folder), "model.image.tower", "image")["model_type"]
+        kind = tower_config(Path(folder), "model.image.tower", "image")["model_type"]
         if why := kinds.image_pool(kind, image.pool):
             raise UserError(f"model.image.pool: {why}")
     config = text.config
     if config is None and (folder := paths.get("model.text.tower")):
-        config = _tower_config(Path(folder), "model.text.tower", "text")
+        config = tower_config(Path(folder), "model.text.tower", "text")
         if why := kinds.text_pool(config["model_type"], text.pool):
             raise UserError(f"model.text.pool: {why}")
         if why := kinds.too_short(config, experiment.model.context_length, text.positions, text.keep):

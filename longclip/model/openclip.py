@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
-from transformers import CLIPVisionConfig
+from typing import TYPE_CHECKING, Any
 
 from longclip.errors import UserError
 from longclip.experiment.identity import OPEN_CLIP
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = "open_clip_model.safetensors"
 
@@ -35,13 +35,13 @@ _NAMES = (
 )
 
 
-def is_openclip(folder: Path) -> bool:
+def wrote(folder: Path) -> bool:
     """Whether open_clip wrote it, and transformers did not."""
     return (folder / OPEN_CLIP).is_file() and not (folder / "config.json").is_file()
 
 
-def vision_config(folder: Path) -> CLIPVisionConfig:
-    """The tower's shape. Raises UserError where it is no plain ViT."""
+def vision_config(folder: Path) -> dict[str, Any]:
+    """The tower in transformers' words. Raises UserError where it is no plain ViT."""
     model = _config(folder)["model_cfg"]
     vision: dict[str, Any] = model["vision_cfg"]
     other = sorted(k for k, v in vision.items() if k not in _SHAPE | _NO_MATTER and v not in (None, False))
@@ -52,16 +52,17 @@ def vision_config(folder: Path) -> CLIPVisionConfig:
             f"{folder}: no plain ViT of open_clip's ({', '.join(other) or 'a ResNet'}); known here: {_SHAPE}"
         )
     width = vision["width"]
-    return CLIPVisionConfig(
-        image_size=vision["image_size"],
-        patch_size=vision["patch_size"],
-        hidden_size=width,
-        intermediate_size=int(width * vision.get("mlp_ratio", 4.0)),
-        num_hidden_layers=vision["layers"],
-        num_attention_heads=width // vision.get("head_width", 64),
-        hidden_act="quick_gelu" if model.get("quick_gelu") else "gelu",
-        layer_norm_eps=norm.get("eps", 1e-5),
-    )
+    return {
+        "model_type": "clip_vision_model",
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "hidden_size": width,
+        "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
+        "num_hidden_layers": vision["layers"],
+        "num_attention_heads": width // vision.get("head_width", 64),
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "layer_norm_eps": norm.get("eps", 1e-5),
+    }
 
 
 def preprocessing(folder: Path) -> dict[str, Any]:

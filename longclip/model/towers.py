@@ -32,7 +32,7 @@ from transformers import (
 from longclip.errors import UserError
 from longclip.experiment import kinds
 from longclip.experiment.schema import ImageTower, TextTower
-from longclip.model import openclip
+from longclip.model.layouts import Layout, layout_of
 from longclip.model.packing import PACKED, Packed, runs_varlen
 
 CLASSES: dict[str, type[PreTrainedModel]] = {
@@ -172,8 +172,8 @@ def _trunk(tower: str | None, settings: PreTrainedConfig, attention: str, weight
     """The tower without pooler or task head, in fp32. Raises UserError where weights are missing."""
     cls = CLASSES[settings.model_type]
     options = {"add_pooling_layer": False} if cls in _HAVE_POOLER else {}
-    folder = Path(tower or "")
-    if tower is not None and weights and not openclip.is_openclip(folder):
+    layout = _layout(tower)
+    if tower is not None and weights and layout is None:
         loaded, info = cls.from_pretrained(
             tower,
             config=settings,
@@ -189,20 +189,20 @@ def _trunk(tower: str | None, settings: PreTrainedConfig, attention: str, weight
             )
         return loaded
     model = cls(settings, **options)
-    if tower is not None and weights:
+    if tower is not None and weights and layout is not None:
         try:
-            model.load_state_dict(openclip.trunk_weights(folder))
+            model.load_state_dict(layout.trunk_weights(Path(tower)))
         except RuntimeError as error:
-            raise UserError(f"{tower}: {openclip.WEIGHTS} is not of its config's shape: {error}") from None
+            raise UserError(f"{tower}: {layout.WEIGHTS} is not of its config's shape: {error}") from None
     model.set_attn_implementation(attention)
     return model
 
 
 def _settings(tower: str | None, config: dict[str, Any] | None, side: str) -> PreTrainedConfig:
     """The configuration of one tower; of a checkpoint with both that of this ``side``."""
+    if config is None and tower is not None and side == "image" and (layout := _layout(tower)) is not None:
+        config = layout.vision_config(Path(tower))
     if config is None:
-        if openclip.is_openclip(Path(str(tower))) and side == "image":
-            return openclip.vision_config(Path(str(tower)))
         settings = AutoConfig.from_pretrained(tower)
         if settings.model_type not in kinds.known(side):
             raise UserError(f"{tower}: a {settings.model_type} model; known here: {', '.join(kinds.known(side))}")
@@ -212,6 +212,11 @@ def _settings(tower: str | None, config: dict[str, Any] | None, side: str) -> Pr
         return AutoConfig.for_model(values.pop("model_type"), **values)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"config of a {config['model_type']} tower: {error}") from None
+
+
+def _layout(tower: str | None) -> Layout | None:
+    """In which the tower lies; None where it is transformers', or has no weights."""
+    return None if tower is None else layout_of(Path(tower))
 
 
 def pixels_of(spec: ImageTower) -> Pixels:
@@ -227,8 +232,8 @@ def pixels_of(spec: ImageTower) -> Pixels:
     if spec.tower is None:
         return usual
     folder = Path(spec.tower)
-    if openclip.is_openclip(folder):
-        return replace(usual, **openclip.preprocessing(folder))
+    if (layout := _layout(spec.tower)) is not None:
+        return replace(usual, **layout.preprocessing(folder))
     usual = replace(usual, whole=not clip, resample="bilinear" if config.model_type == "vit" else "bicubic")
     processor = folder / "preprocessor_config.json"
     return replace(usual, **_said(json.loads(processor.read_text("utf-8")))) if processor.is_file() else usual

@@ -57,11 +57,13 @@ class Estimate:
     """pairs of the global batch on one rank"""
     micro_batch: int
     """of these, how many run at once"""
+    asked_micro_batch: int
+    """the same as the experiment says it"""
     fits: bool | None
     """None where the GPU is not known"""
     memory: Memory
-    by_stage: dict[int, int]
-    """peak bytes at every stage, with the experiment's own micro batch"""
+    by_stage: dict[int, Memory]
+    """at every stage, with the experiment's own micro batch"""
     parameters: dict[str, int]
     tokens: float
     """of a caption within the window, on average"""
@@ -120,7 +122,7 @@ def estimate(
         )
 
     stages = [s for s in range(4) if s > 0 or train.precision == "fp32"]
-    by_stage = {s: at(s, own).peak for s in stages}
+    by_stage = {s: at(s, own) for s in stages}
     stage: int = experiment.engine.zero_stage
     micro, fits = own, None
     if gpu is not None:
@@ -143,6 +145,7 @@ def estimate(
         stage=stage,
         share=share,
         micro_batch=micro,
+        asked_micro_batch=own,
         fits=fits,
         memory=at(stage, micro),
         by_stage=by_stage,

@@ -14,7 +14,7 @@ from longclip.experiment.schema import Init, Model
 from longclip.model.clip import DualEncoder
 from longclip.model.window import extended, position_table
 from longclip.run import lineage
-from longclip.run.folder import RunFolder, write_json
+from longclip.run.folder import RunFolder, read_json, write_json
 from longclip.train import checkpoint
 from longclip.train.ranks import Ranks
 
@@ -22,7 +22,8 @@ from longclip.train.ranks import Ranks
 def start(model: DualEncoder, spec: Model, init: Init, folder: Path, run: RunFolder, ranks: Ranks) -> None:
     """Sets the weights that ``init`` means into ``model``; ``folder`` is where submit found them. Collective.
 
-    Rank 0 verifies them and writes the lineage into the run's folder. Raises LongclipError on all ranks.
+    Rank 0 verifies them and writes the lineage into the run's folder. An attempt before this one that left no
+    checkpoint has written it already: then they have to be the same. Raises LongclipError on all ranks.
     """
     weights, record = checkpoint.read_origin(folder, init.source, ranks)
     pinned = run.identity()[lineage.KEY]
@@ -32,9 +33,17 @@ def start(model: DualEncoder, spec: Model, init: Init, folder: Path, run: RunFol
             f"(content {record['sha256'][:12]}, the run's is {pinned[:12]})",
             "longclip submit: other weights are another run",
         )
+    file = run.path / lineage.ORIGIN
+    first = checkpoint.on_rank_0(ranks, file, lambda: read_json(file)["sha256"] if file.is_file() else None)
+    if first not in (None, record["sha256"]):
+        raise UserError(
+            f"{lineage.KEY}: those in {folder} are not the weights that this run began with "
+            f"(content {record['sha256'][:12]}, at first {first[:12]}, see {file})",
+            "put the first ones back, or submit it under other --runs to begin with these",
+        )
     load(model, weights, spec, init.source)
     if ranks.rank == 0:
-        write_json(run.path / lineage.ORIGIN, record)
+        write_json(file, record)
         print(f"begins with {lineage.line(record)}", flush=True)
 
 

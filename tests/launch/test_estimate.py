@@ -96,12 +96,46 @@ def test_the_command_on_the_paper_s_four_windows(tmp_path: Path) -> None:
     assert all(e["fits"] for e in found)
 
 
+@pytest.mark.parametrize("words", ["--gpus 1 4 8 16", "--gpus 1,4,8,16", "--gpus 1,4 8 16"])
+def test_numbers_of_gpus_are_written_with_spaces_or_commas(words: str, tmp_path: Path) -> None:
+    file = ROOT / "experiments" / "longcap" / "ctx77.yaml"
+    for order in ((file, *words.split()), (*words.split(), file)):
+        found = json.loads(longclip("estimate", *order, "--json", cwd=tmp_path))
+        assert [(e["name"], e["ranks"]) for e in found] == [("ctx77", ranks) for ranks in (1, 4, 8, 16)]
+    assert "no experiment file is named" in longclip("estimate", *words.split(), "2", cwd=tmp_path, code=2)
+
+
+def test_memory_is_split_into_its_parts_at_every_stage(tmp_path: Path) -> None:
+    """One line a stage, and one of what is taken where that is a smaller micro batch; no line above 120 columns."""
+    file = ROOT / "experiments" / "longcap" / "ctx512.yaml"
+    words = ("estimate", file, "--gpu", "h100-80g", "--gpus", "1", "4")
+    lines = longclip(*words, cwd=tmp_path).splitlines()
+    head = next(i for i, line in enumerate(lines) if "gradients" in line and "optimizer" in line)
+    names = ("weights", "gradients", "optimizer", "its step", "activations", "loss", "other", "peak")
+    assert all(name in lines[head] for name in names)
+    split = lines[head + 1 : head + 8]
+    assert [line.split()[1:4] for line in split] == [
+        *(["1", "4096", str(stage)] for stage in (1, 2, 3)),
+        ["1", "1024", "1"],
+        *(["4", "1024", str(stage)] for stage in (1, 2, 3)),
+    ]
+    assert [line.rstrip().endswith("taken") for line in split] == [False, False, False, True, True, False, False]
+    assert max(len(line.rstrip()) for line in lines[1 : head + 8]) <= 120
+    one, four = json.loads(longclip(*words, "--json", cwd=tmp_path))
+    assert four["by_stage"]["1"] == four["memory"]
+    parts = four["by_stage"]["3"]
+    shown = [f"{parts[name] / 2**30:.1f}" for name in ("weights", "gradients", "optimizer", "step", "activations")]
+    assert split[6].split()[4:9] == shown and split[6].split()[-1] == f"{parts['peak'] / 2**30:.1f}"
+    assert one["by_stage"]["1"]["peak"] > one["memory"]["peak"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--gpu", "h100"), "--gpu h100: not known; known: v100-16g, "),
         (("--gpus", "3"), "--gpus 3: a batch of 4096 does not divide among them"),
-        (("--gpus", "one"), "--gpus one: valid is a number, or several with commas"),
+        (("--gpus", "one"), "--gpus one: valid is a number, or several: 1 4 16"),
+        (("--gpus", "4", "0"), "--gpus 4 0: valid is a number, or several: 1 4 16"),
     ],
 )
 def test_mistakes(words: tuple[str, ...], said: str, tmp_path: Path) -> None:

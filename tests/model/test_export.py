@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import venv
 import zipfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +25,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from longclip.data.loader import square
 from longclip.errors import UserError
 from longclip.experiment.schema import ImageTower, Model
+from longclip.launch.export import _TRANSFORMERS
 from longclip.model.clip import DualEncoder, build
 from longclip.model.export import write_openclip, write_transformers
 from longclip.model.packing import pack
@@ -46,9 +52,11 @@ OPEN_CLIP = [
     (CLIP, "mean", BERT, "cls", "linear"),
     (CLIP, "cls", CLIP_TEXT, "last", "linear"),
 ]
+NEEDED = ("torch", "transformers", "safetensors", "pillow")
+"""what the card asks for"""
 CLEAN = """
-import json, sys
-sys.modules["longclip"] = None  # importing it raises
+import importlib.util, json, sys
+assert not any(map(importlib.util.find_spec, ("longclip", "deepspeed", "webdataset"))), sys.path
 import torch
 from PIL import Image
 for folder in sys.argv[1:]:
@@ -110,9 +118,31 @@ def shaken(spec: Model) -> DualEncoder:
     return model
 
 
-def test_transformers_folders_in_a_clean_process(tmp_path: Path) -> None:
-    """The lines of the model card, run where this package cannot be imported: equal to 1e-6."""
+def clean_environment(folder: Path) -> Path:
+    """The Python of an environment that holds what the card asks for, and what that asks for in turn: all else is not
+    installed there. Packages are links to those here, so that nothing is downloaded."""
+    venv.create(folder, with_pip=False)
+    (packages,) = (folder / "lib").glob("python*/site-packages")
+    found: dict[str, metadata.Distribution] = {}
+    names = list(NEEDED)
+    while names:
+        if (name := canonicalize_name(names.pop())) not in found:
+            found[name] = metadata.distribution(name)
+            asked = map(Requirement, found[name].requires or ())
+            names += [one.name for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    for distribution in found.values():
+        for part in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (packages / part).exists():
+                (packages / part).symlink_to(str(distribution.locate_file(part)))
+    return folder / "bin" / "python"
+
+
+def test_transformers_folders_in_a_clean_environment(tmp_path: Path) -> None:
+    """The lines of the model card, run where there is what it names and no longclip, on folders that have moved since,
+    without a network: equal to 1e-6."""
     from PIL import Image
+
+    assert all(name in _TRANSFORMERS[0] for name in NEEDED)
 
     make_tokenizer(tmp_path / "tok")
     made = []
@@ -125,9 +155,12 @@ def test_transformers_folders_in_a_clean_process(tmp_path: Path) -> None:
         for i in range(2):
             noise = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
             Image.fromarray(noise.numpy()).save(folder / f"{i}.png")
-        made.append((spec, folder, model))
-    command = [sys.executable, "-c", CLEAN, *(str(folder) for _, folder, _ in made)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        made.append((spec, folder.rename(tmp_path / f"moved-{k}"), model))
+    shutil.rmtree(tmp_path / "tok")
+    python = clean_environment(tmp_path / "venv")
+    command = [str(python), "-I", "-c", CLEAN, *(str(folder) for _, folder, _ in made)]
+    env = {"HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     for spec, folder, model in made:
         there = torch.load(folder / "embedded.pt")

@@ -58,8 +58,15 @@ def spec(image: dict[str, Any], text: dict[str, Any], pool: Any = "mean") -> Mod
 
 
 ROBERTA = {**BERT, "model_type": "roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+XLM_ROBERTA = {**ROBERTA, "model_type": "xlm-roberta"}
 CLIP_TEXT = {**BERT, "model_type": "clip_text_model", "hidden_act": "quick_gelu"}
-TEXTS = {"modernbert": MODERNBERT, "bert": BERT, "roberta": ROBERTA, "clip_text": CLIP_TEXT}
+TEXTS = {
+    "modernbert": MODERNBERT,
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm_roberta": XLM_ROBERTA,
+    "clip_text": CLIP_TEXT,
+}
 KINDS = [f"{kind}-{pool}" for kind in TEXTS for pool in ("mean", "last" if kind == "clip_text" else "cls")]
 
 
@@ -85,10 +92,12 @@ def test_packed_equals_padded(models: tuple[DualEncoder, DualEncoder], lengths: 
         torch.autograd.grad((out * weights).sum(), list(side.text.parameters()), allow_unused=True)
         for out, side in ((packed, ours), (padded, theirs))
     )
+    names = [name for name, _ in ours.text.named_parameters()]
     largest = max(float(g.norm()) for g in reference if g is not None)
-    for a, b in zip(mine, reference, strict=True):
-        if b is not None and a is not None:  # relative, but for gradients that are zero by symmetry (key biases)
-            assert float((a - b).norm()) <= 1e-4 * max(float(b.norm()), 1e-2 * largest)
+    for name, a, b in zip(names, mine, reference, strict=True):
+        assert a is not None and b is not None, f"{name} gets no gradient"
+        # relative, but for gradients that are zero by symmetry (key biases)
+        assert float((a - b).norm()) <= 1e-4 * max(float(b.norm()), 1e-2 * largest), name
 
 
 def test_captions_do_not_see_each_other(models: tuple[DualEncoder, DualEncoder]) -> None:

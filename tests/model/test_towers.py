@@ -1,9 +1,12 @@
-"""Towers of every kind: pooled as their makers do, and read from folders in transformers' and open_clip's layouts."""
+"""Towers of every kind, pooled as their makers do, and read from folders: transformers', open_clip's and timm's."""
 
 from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,11 @@ from longclip.data.loader import normalised
 from longclip.errors import UserError
 from longclip.experiment.identity import hash_folder
 from longclip.experiment.schema import ImageTower, Model, TextTower
+from longclip.launch.resolve import tower_config
 from longclip.model.clip import build, count_parameters
 from longclip.model.packing import pack
-from longclip.model.towers import ImageEncoder, TextEncoder, pixels_of
+from longclip.model.shape import tower_of
+from longclip.model.towers import ImageEncoder, Pixels, TextEncoder, pixels_of
 from tests.model.test_packing import BERT, CLIP, CLIP_TEXT, MODERNBERT, ROBERTA, VIT, spec
 
 SIGLIP = {**VIT, "model_type": "siglip_vision_model"}
@@ -248,6 +253,223 @@ def test_what_is_no_plain_vit_of_open_clip_s_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pickled" / "open_clip_model.safetensors").unlink()
     with pytest.raises(UserError, match="pickled weights are not read"):
         ImageEncoder(ImageTower(tower=str(tmp_path / "pickled")), 8)
+
+
+# ---- timm --------------------------------------------------------------------------------------------------------
+
+TIMM_WIDTH = 128
+
+
+def _timm_folder(
+    folder: Path, name: str, clip: bool, leave_out: str = "", more: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A random ViT in timm's layout, its classifier with it; ``clip``: with a norm before its layers, as CLIP's.
+
+    Tensors whose name begins with ``leave_out`` are, ``more`` come in. Returns all.
+    """
+    random = torch.Generator().manual_seed(2)
+    d, inner = TIMM_WIDTH, 3 * TIMM_WIDTH
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, d),
+        "pos_embed": (1, (SIZE // PATCH) ** 2 + 1, d),
+        "patch_embed.proj.weight": (d, 3, PATCH, PATCH),
+        "patch_embed.proj.bias": (d,),
+        "head.weight": (5, d),
+        "head.bias": (5,),
+    }
+    matrices = {"attn.qkv": (3 * d, d), "attn.proj": (d, d), "mlp.fc1": (inner, d), "mlp.fc2": (d, inner)}
+    parts = {f"blocks.{i}.{part}": shape for i in range(LAYERS) for part, shape in matrices.items()}
+    parts |= {f"blocks.{i}.{norm}": (d,) for i in range(LAYERS) for norm in ("norm1", "norm2")}
+    parts |= dict.fromkeys(("norm", "norm_pre") if clip else ("norm",), (d,))
+    for part, shape in parts.items():
+        shapes |= {f"{part}.weight": shape, f"{part}.bias": shape[:1]}
+    # Small beside 1, the norms' weights, so that a norm's epsilon shows.
+    tensors = {key: 0.07 * torch.randn(shape, generator=random) for key, shape in shapes.items()}
+    tensors |= {key: 1 + tensor for key, tensor in tensors.items() if "norm" in key and key.endswith("weight")}
+    if leave_out:
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(leave_out)}
+    tensors |= more or {}
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    cfg = {"input_size": [3, SIZE, SIZE], "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "crop_pct": 0.9}
+    args = {"num_classes": 5, "in_chans": 3, "global_pool": "token", "img_size": [SIZE, SIZE]}
+    said = {"architecture": name, "num_classes": 5, "num_features": d, "global_pool": "token", "model_args": args}
+    (folder / "config.json").write_text(json.dumps({**said, "pretrained_cfg": {**cfg, "interpolation": "bicubic"}}))
+    return tensors
+
+
+def _timm_config(folder: Path, part: str, **changed: Any) -> None:
+    """Changes a section of the folder's config.json."""
+    said = json.loads((folder / "config.json").read_text())
+    said[part] = {**said.get(part, {}), **changed}
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+def _timm_hidden(w: dict[str, Tensor], pixels_BCHW: Tensor, eps: float, quick_gelu: bool, heads: int) -> Tensor:
+    """All tokens before the last norm, by the tensors alone."""
+    batch = len(pixels_BCHW)
+    x = F.conv2d(pixels_BCHW, w["patch_embed.proj.weight"], w.get("patch_embed.proj.bias"), stride=PATCH)
+    x = torch.cat([w["cls_token"].expand(batch, -1, -1), x.flatten(2).transpose(1, 2)], dim=1) + w["pos_embed"]
+    if "norm_pre.weight" in w:
+        x = _timm_norm(w, x, "norm_pre", eps)
+    for i in range(LAYERS):
+        of = {k.removeprefix(f"blocks.{i}."): v for k, v in w.items() if k.startswith(f"blocks.{i}.")}
+        y = F.linear(_timm_norm(of, x, "norm1", eps), of["attn.qkv.weight"], of["attn.qkv.bias"])
+        q, k, v = y.view(batch, -1, 3, heads, TIMM_WIDTH // heads).permute(2, 0, 3, 1, 4)
+        seen = ((q @ k.transpose(-1, -2)) * (TIMM_WIDTH // heads) ** -0.5).softmax(-1) @ v
+        x = x + F.linear(seen.transpose(1, 2).flatten(2), of["attn.proj.weight"], of["attn.proj.bias"])
+        y = F.linear(_timm_norm(of, x, "norm2", eps), of["mlp.fc1.weight"], of["mlp.fc1.bias"])
+        y = y * torch.sigmoid(1.702 * y) if quick_gelu else F.gelu(y)
+        x = x + F.linear(y, of["mlp.fc2.weight"], of["mlp.fc2.bias"])
+    return x
+
+
+def _timm_norm(w: dict[str, Tensor], x: Tensor, name: str, eps: float) -> Tensor:
+    return F.layer_norm(x, (TIMM_WIDTH,), w[f"{name}.weight"], w[f"{name}.bias"], eps)
+
+
+@pytest.mark.parametrize(
+    ("name", "clip", "eps", "leave_out"),
+    [
+        ("vit_base_patch16_224", False, 1e-6, ""),
+        ("vit_base_patch16_clip_224", True, 1e-5, "patch_embed.proj.bias"),  # timm's own have none
+        ("vit_base_patch16_clip_quickgelu_224", True, 1e-5, ""),
+        ("vit_of_mine", True, 1e-6, ""),
+    ],
+)
+def test_timm_s_weights_are_mapped_in(name: str, clip: bool, eps: float, leave_out: str, tmp_path: Path) -> None:
+    """Equal to a forward written in plain torch on timm's names; in fp64, where the norms' epsilon shows."""
+    tensors = {k: w.double() for k, w in _timm_folder(tmp_path / "vit", name, clip, leave_out).items()}
+    pixels = torch.randn(3, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    quick = "quickgelu" in name
+
+    def theirs(eps: float, quick: bool, heads: int) -> Tensor:
+        return _timm_norm(tensors, _timm_hidden(tensors, pixels, eps, quick, heads), "norm", eps)
+
+    asked = ImageTower(tower=str(tmp_path / "vit"))
+    encoder = ImageEncoder(asked, 8).double()
+    found = _pooled(encoder, pixels)
+    torch.testing.assert_close(found, theirs(eps, quick, 2)[:, 0], atol=1e-6, rtol=0)
+    for wrong in (theirs(1.1e-5 - eps, quick, 2), theirs(eps, not quick, 2), theirs(eps, quick, 4)):
+        assert not torch.allclose(found, wrong[:, 0], atol=1e-5, rtol=0)
+    if not clip:
+        averaged = ImageEncoder(asked.model_copy(update={"pool": "mean"}), 8).double()
+        torch.testing.assert_close(_pooled(averaged, pixels), theirs(eps, quick, 2)[:, 1:].mean(1), atol=1e-6, rtol=0)
+    config = tower_config(tmp_path / "vit", "model.image.tower", "image")
+    assert config["model_type"] == ("clip_vision_model" if clip else "vit")
+    assert tower_of(config).parameters == sum(p.numel() for p in encoder.trunk.parameters())
+
+
+@torch.no_grad()
+def _pooled(encoder: ImageEncoder, pixels: Tensor) -> Tensor:
+    """What goes into the head, in the encoder's own precision."""
+    return encoder.eval()._pooled(encoder.trunk(pixel_values=pixels))
+
+
+def test_timm_s_last_norm_may_be_of_the_mean(tmp_path: Path) -> None:
+    """CLIP's tower norms what was pooled, so it can take that; a ViT's norms each patch before, which is another."""
+    fc = {f"fc_norm.{kind}": torch.full((TIMM_WIDTH,), value) for kind, value in (("weight", 2.0), ("bias", 0.5))}
+    tensors = _timm_folder(tmp_path / "clip", "vit_clip", True, "norm.", fc)
+    pixels = torch.randn(2, 3, SIZE, SIZE)
+    mean = _timm_hidden(tensors, pixels, 1e-5, False, 2)[:, 1:].mean(1)
+    found = _pooled(ImageEncoder(ImageTower(tower=str(tmp_path / "clip"), pool="mean"), 8), pixels)
+    torch.testing.assert_close(found, _timm_norm(tensors, mean, "fc_norm", 1e-5), atol=1e-5, rtol=1e-5)
+    _timm_folder(tmp_path / "vit", "vit", False, "norm.", fc)
+    with pytest.raises(UserError, match=r"model\.safetensors has fc_norm\.bias"):
+        ImageEncoder(ImageTower(tower=str(tmp_path / "vit"), pool="mean"), 8)
+
+
+def test_timm_s_heads_are_known_by_the_width_or_named(tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    _timm_folder(folder, "vit", False)
+    _timm_config(folder, "model_args", num_heads=8, drop_path_rate=0.1)
+    assert ImageEncoder(ImageTower(tower=str(folder)), 8).trunk.config.num_attention_heads == 8
+    _timm_config(folder, "model_args", act_layer="gelu_tanh")
+    with pytest.raises(UserError, match=r"no plain ViT of timm's: config\.json has model_args\.act_layer"):
+        ImageEncoder(ImageTower(tower=str(folder)), 8)
+
+
+def test_timm_s_preprocessing(tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    _timm_folder(folder, "vit", False)
+    asked = ImageTower(tower=str(folder))
+    assert pixels_of(asked) == Pixels(SIZE, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), whole=False, resample="bicubic")
+    _timm_config(folder, "pretrained_cfg", crop_mode="squash", interpolation="bilinear")
+    assert pixels_of(asked) == Pixels(SIZE, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), whole=True, resample="bilinear")
+    _timm_config(folder, "pretrained_cfg", crop_mode="border")
+    with pytest.raises(UserError, match="crop_mode border; known here: center, squash"):
+        pixels_of(asked)
+
+
+def test_timm_s_folder_is_pinned_by_weights_and_shape(tmp_path: Path) -> None:
+    _timm_folder(tmp_path / "a", "vit_clip", True)
+    _timm_folder(tmp_path / "same", "vit_clip", True)
+    _timm_folder(tmp_path / "named", "vit_clip_quickgelu", True)
+    _timm_folder(tmp_path / "other", "vit_clip", True, more={"norm.bias": torch.zeros(TIMM_WIDTH)})
+    a, same, *others = (hash_folder(tmp_path / name) for name in ("a", "same", "named", "other"))
+    assert a == same and a not in others and others[0] != others[1]
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "more", "message"),
+    [
+        ("", "reg_token", "has reg_token"),
+        ("", "dist_token", "has dist_token"),
+        ("", "blocks.0.ls1.gamma", r"has blocks\.0\.ls1\.gamma"),
+        ("", "blocks.1.attn.q_norm.weight", r"has blocks\.1\.attn\.q_norm\.weight"),
+        ("", "blocks.0.mlp.fc1_g.weight", r"has blocks\.0\.mlp\.fc1_g\.weight"),
+        ("cls_token", "attn_pool.latent", r"has attn_pool\.latent"),
+        ("cls_token", None, "lacks cls_token"),
+        ("blocks.1.attn.qkv.bias", None, r"lacks blocks\.1\.attn\.qkv\.bias"),
+        ("pos_embed", None, "lacks pos_embed"),
+    ],
+)
+def test_what_is_no_plain_vit_of_timm_s_is_refused(
+    leave_out: str, more: str | None, message: str, tmp_path: Path
+) -> None:
+    """On the submit side, before a job is queued, and by the tower itself: the first such tensor is named."""
+    _timm_folder(tmp_path / "vit", "vit", False, leave_out, {} if more is None else {more: torch.zeros(1)})
+    with pytest.raises(UserError, match=f"no plain ViT of timm's: model.safetensors {message}"):
+        tower_config(tmp_path / "vit", "model.image.tower", "image")
+    with pytest.raises(UserError, match=message):
+        ImageEncoder(ImageTower(tower=str(tmp_path / "vit")), 8)
+
+
+def test_submit_reads_their_shapes_without_torch(tmp_path: Path) -> None:
+    _openclip_folder(tmp_path / "openclip", True)
+    _timm_folder(tmp_path / "timm", "vit", False)
+    lines = (
+        "import sys; sys.modules.update(torch=None, transformers=None, safetensors=None)",  # importing them raises
+        "from pathlib import Path",
+        "from longclip.launch.resolve import tower_config",
+        "for name in ('openclip', 'timm'):",
+        "    print(tower_config(Path(name), 'model.image.tower', 'image')['model_type'])",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["clip_vision_model", "vit"], done
+
+
+def test_damaged_folders_of_timm_s_are_said_to_be(tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    tensors = _timm_folder(folder, "vit", False, more={"pos_embed": torch.zeros(1, 4, TIMM_WIDTH)})
+    asked, file = ImageTower(tower=str(folder)), folder / "model.safetensors"
+    with pytest.raises(UserError, match="pos_embed has 4 positions, not those of a class token and a square"):
+        ImageEncoder(asked, 8)
+    save_file({**tensors, "patch_embed.proj.weight": torch.zeros(TIMM_WIDTH, 1, PATCH, PATCH)}, file)
+    with pytest.raises(UserError, match="images of 1 channels"):
+        ImageEncoder(asked, 8)
+    file.write_bytes(b"\xff" * 40)
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
+        ImageEncoder(asked, 8)
+    file.unlink()
+    with pytest.raises(UserError, match="pickled weights are not read"):
+        ImageEncoder(asked, 8)
+    (folder / "config.json").write_text('{"architecture": "vit"}')
+    with pytest.raises(UserError, match="pretrained_cfg"):
+        ImageEncoder(asked, 8)
+
+
+# ---- missing weights ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["a layer is missing", "names of another layout"])

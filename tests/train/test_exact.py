@@ -54,7 +54,15 @@ def test_the_scale_is_held_at_its_bound_and_comes_back(trained: Groups, ranks: i
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_is_near(trained: Groups, plain: Curves, stage: int) -> None:
-    assert trained[2][f"bf16 zero{stage}"]["losses"] == pytest.approx(plain[0], rel=0.1)
+    """How near, README.md says (Conventions of the numbers)."""
+    run = trained[2][f"bf16 zero{stage}"]
+    losses, norms = (
+        max(abs(a / b - 1) for a, b in zip(run[name], fp32, strict=True))
+        for name, fp32 in zip(("losses", "norms"), plain, strict=False)
+    )
+    print(f"bf16 at ZeRO {stage}, largest deviation from fp32 in {STEPS} steps: loss {losses:.1%}, norm {norms:.1%}")
+    assert losses < 0.03
+    assert norms < 0.03
 
 
 def test_a_wrongly_scaled_gather_shows(trained: Groups, plain: Curves) -> None:

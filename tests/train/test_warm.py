@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longclip.errors import LongclipError, UserError
-from longclip.experiment.schema import Model
+from longclip.experiment.schema import Init, Model
 from longclip.model.clip import DualEncoder, build
 from longclip.model.packing import pack
 from longclip.model.window import position_table, stretch
 from longclip.run import lineage
 from longclip.run.folder import read_json
-from longclip.train.warm import load
+from longclip.train.warm import load, start
 from tests.helpers import add_attempt, end, experiment, finished_run, make_run, save_checkpoint
 from tests.launch.small import longclip, make_sweep, the_run
 from tests.model.test_packing import MODERNBERT, VIT
@@ -104,6 +105,40 @@ def test_a_run_that_has_not_finished_is_not_begun_from(tmp_path: Path) -> None:
     end(add_attempt(run, 0), "crashed", 100, 60)
     with pytest.raises(LongclipError, match="has not finished"):
         lineage.origin(run.path, "run:ctx77")
+
+
+class Alone:
+    """A single process, which has nobody to tell."""
+
+    rank = 0
+
+    def tell(self, value: Any) -> Any:
+        return value
+
+
+def test_a_second_attempt_begins_with_the_weights_of_the_first_or_not_at_all(tmp_path: Path) -> None:
+    """The parent's checkpoint may have become another while no checkpoint of the child's own stood."""
+    spec = model(BERT, 77).model_copy(update={"init": Init.model_validate({"from": "run:ctx77"})})
+    parent = finished_run(tmp_path, experiment(77, 1000), {1000: 0.9})
+    weights = parent.checkpoints / "step-00000010" / "weights.safetensors"
+    save_file(weights_of(build(spec, seed=1)), weights)
+    child = make_run(tmp_path, experiment(77, 1000, "child").model_copy(update={"model": spec}))
+    assert spec.init is not None
+    begin = partial(start, spec=spec, init=spec.init, folder=parent.path, run=child, ranks=Alone())  # type: ignore[arg-type]
+    begin(build(spec, seed=2))
+    first = (child.path / "origin.json").read_text()
+    again = build(spec, seed=3)
+    begin(again)
+    theirs = load_file(weights)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in weights_of(again).items())
+    save_file(weights_of(build(spec, seed=4)), weights)
+    other = build(spec, seed=5)
+    before = {name: weight.clone() for name, weight in weights_of(other).items()}
+    with pytest.raises(UserError, match="are not the weights that this run began with") as caught:
+        begin(other)
+    assert read_json(child.path / "origin.json")["sha256"][:12] in str(caught.value)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(other).items())
+    assert (child.path / "origin.json").read_text() == first
 
 
 # ---- the whole way -----------------------------------------------------------------------------------------------
