@@ -27,19 +27,6 @@ def evaluate(
     ranks: Ranks,
     alive: Callable[[], None] = lambda: None,
     first: int | None = None,
-) -> dict[str, float]:
-    """The scores of :func:`examine`."""
-    return dict(examine(model, module, reader, batch, ranks, alive, first).facts)
-
-
-def examine(
-    model: Callable[..., tuple[Tensor, ...]],
-    module: nn.Module,
-    reader: Reader,
-    batch: int,
-    ranks: Ranks,
-    alive: Callable[[], None] = lambda: None,
-    first: int | None = None,
 ) -> Scored:
     """Retrieval over a dataset, features computed by all ranks, the same numbers on any number of them.
 

@@ -199,7 +199,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
 
         improved = False
         if _crossed(evaluated, state["samples"], evaluate_every) or last:
-            scores = evaluate(engine, engine.module, val, experiment.evaluate.batch, ranks, alive)
+            scores = evaluate(engine, engine.module, val, experiment.evaluate.batch, ranks, alive).facts
             evaluated = state["samples"]
             improved = state["best"] is None or scores["mean_recall_at_1"] > state["best"]["value"]
             if improved:

@@ -13,7 +13,7 @@ from longclip.data.loader import Reader
 from longclip.data.shards import open_dataset
 from longclip.evaluate.conventions import lines
 from longclip.evaluate.embed import Embedder
-from longclip.evaluate.retrieval import ceiling, examine
+from longclip.evaluate.retrieval import ceiling, evaluate
 from longclip.evaluate.score import score
 from longclip.run import evaluations, lineage
 from longclip.run.folder import write_json
@@ -66,7 +66,7 @@ def _test(
     """Into ``evaluations/test.json`` and ``test.npz``."""
     dataset = open_dataset(job.paths["data.test"])
     reader = replace(val, dataset=dataset)
-    found = examine(engine, engine.module, reader, job.experiment.evaluate.batch, ranks, alive)
+    found = evaluate(engine, engine.module, reader, job.experiment.evaluate.batch, ranks, alive)
     if ranks.rank == 0:
         window = job.experiment.model.context_length
         record = {

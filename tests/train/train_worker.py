@@ -146,7 +146,7 @@ def score(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
         return retrieve(embedder, asked_of, gallery).facts
 
     apart = towers_apart(running, running.module, me)
-    scores = [evaluate(running, running.module, reader, job["batch"], me, first=first) for first in job["first"]]
+    scores = [evaluate(running, running.module, reader, job["batch"], me, first=first).facts for first in job["first"]]
     apart_again = towers_apart(running, running.module, me)
     signal.alarm(0)
     running.destroy()
