@@ -139,7 +139,10 @@ def storm(cluster: Cluster, root: Path, seed: int, number: int) -> bool:
         print(f"  {name:12s} {times}")
     print(f"verdicts: {dict(Counter(one.verdicts()))}")
     print(f"samples recomputed: {sum(again):,} of {LONG:,}, at most {max(again):,} at once (interval {SAVE_EVERY:,})")
+    wide = [n for n in again if n > SAVE_EVERY]
+    print(f"more than an interval {len(wide)} times, where a flipped bit had set the newest checkpoint aside")
     print(f"{time.monotonic() - one.began:.0f} s, undisturbed {like.seconds:.0f} s")
+    assert len(wide) <= done.count("flip_bit") and max(again) <= 2 * SAVE_EVERY, again
     Record.of(one.run).check(like, exact=True)
     print("same journal and test scores as the undisturbed run, bit for bit")
     return len(done) == number
