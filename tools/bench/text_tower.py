@@ -1,7 +1,7 @@
 """What packing saves: one text tower, forward + backward, on captions as long as the paper's.
 
     python tools/bench/text_tower.py                      window 512, three layers as wide as ModernBERT-base's
-    python tools/bench/text_tower.py --captions 32 --rounds 3
+    python tools/bench/text_tower.py --width 1024 --inner 2624    as wide as ModernBERT-large's
 
 Ways, all with the same weights and captions, taken in turn so that a slow minute of the machine hits all of them:
 
@@ -10,8 +10,9 @@ Ways, all with the same weights and captions, taken in turn so that a slow minut
     window      padded to the window, as the published code does
     linear      the tower's linear layers alone on the same tokens: F.linear, forward + backward, nothing else
 
-Lengths are drawn from the lognormal that wastes 55 % of the tokens at 77 and 2.2 % at 512, the published figures
-(arXiv 2510.03978), then cut to the window. Medians and ratios are printed, with the machine and the method.
+Lengths are quantiles, evenly spaced, of the lognormal that wastes 55 % of the tokens at 77 and 2.2 % at 512, the
+published figures (arXiv 2510.03978), cut to the window: so few captions, drawn, would waste anything. Medians and
+ratios are printed, with the machine and the method.
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ def lognormal() -> tuple[float, float]:
     return low, sigma_of(low)
 
 
-def tower(width: int, layers: int, heads: int, window: int, pad_to: int | None) -> TextEncoder:
+def tower(width: int, inner: int, layers: int, window: int, pad_to: int | None) -> TextEncoder:
     config = {
         "model_type": "modernbert",
         "vocab_size": VOCABULARY,
         "hidden_size": width,
-        "intermediate_size": width * 3 // 2,
+        "intermediate_size": inner,
         "num_hidden_layers": layers,
-        "num_attention_heads": heads,
+        "num_attention_heads": max(1, width // 64),
         "max_position_embeddings": max(window, 512),
         "pad_token_id": 0,
         **dict.fromkeys(("bos_token_id", "cls_token_id"), 1),
@@ -125,6 +126,7 @@ def main() -> None:
     parser.add_argument(
         "--width", type=int, default=768, help="hidden size; heads are 64 wide (default 768, ModernBERT-base's)"
     )
+    parser.add_argument("--inner", type=int, default=1152, help="width of the MLPs (default 1152, ModernBERT-base's)")
     parser.add_argument(
         "--layers", type=int, default=3, help="layers, every third of them global (default 3 of its 22)"
     )
@@ -135,12 +137,13 @@ def main() -> None:
 
     mu, sigma = lognormal()
     random = torch.Generator().manual_seed(0)
-    drawn = torch.exp(mu + sigma * torch.randn(asked.captions, generator=random)).round().clamp(min=2).int().tolist()
+    at = (torch.arange(asked.captions, dtype=torch.float64) + 0.5) / asked.captions
+    drawn = torch.exp(mu + sigma * torch.special.ndtri(at)).round().clamp(min=2).int().tolist()
     kept = [min(n, asked.window) for n in drawn]
     text = pack([torch.randint(3, VOCABULARY, (n,), generator=random).tolist() for n in kept])
     tokens, longest = sum(kept), max(kept)
 
-    shape = asked.width, asked.layers, max(1, asked.width // 64), asked.window
+    shape = asked.width, asked.inner, asked.layers, asked.window
     packed = tower(*shape, pad_to=None)
     ways = {
         "packed": step(packed, text),
@@ -158,10 +161,10 @@ def main() -> None:
 
     print(f"text tower, forward + backward, fp32, {asked.threads} thread(s); torch {torch.__version__}")
     print(f"machine: {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end")
-    print(f"ModernBERT shape: width {asked.width}, {asked.layers} layers, window {asked.window}")
+    print(f"ModernBERT shape: width {asked.width}, MLPs {asked.inner}, {asked.layers} layers, window {asked.window}")
     print(
         f"{asked.captions} captions, lognormal(mu {mu:.3f}, sigma {sigma:.3f}), mean {tokens / asked.captions:.0f} "
-        f"after the cut, longest {longest}; this draw wastes {waste(drawn, 77):.1%} at 77, {waste(drawn, 512):.1%} at "
+        f"after the cut, longest {longest}; these waste {waste(drawn, 77):.1%} at 77, {waste(drawn, 512):.1%} at "
         f"512 (published: 55 %, 2.2 %); {1 - tokens / asked.captions / asked.window:.0%} of the window is padding"
     )
     medians = {name: statistics.median(times) for name, times in seconds.items()}
