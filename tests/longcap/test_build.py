@@ -30,6 +30,7 @@ from longclip.data.shards import Dataset, Sample, open_dataset
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.longcap.build import begin
 from longclip.longcap.hashes import near
+from longclip.longcap.listing import articles_among
 from longclip.longcap.options import Options
 from longclip.track.lease import Lease
 from tests.launch.small import environment
@@ -473,6 +474,41 @@ def test_bare_articles_that_share_a_folder_get_their_own_images_only(tmp_path: P
     build(src, tmp_path / "out")
     assert [s.key for s in samples(tmp_path / "out")] == ["PMC1001_f1_0"]
     assert [(s["article"], s["reason"]) for s in skipped(tmp_path / "out")] == [("2.xml", "image missing")]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ("PMC1.nxml PMC2.xml PMC3.2.xml", "PMC1.nxml PMC2.xml PMC3.2.xml"),
+        ("PMC1.nxml PMC1.xml PMC1-supp.xml supp1.xml", "PMC1.nxml"),
+        ("main.nxml supp.XML .PMC2.xml", "main.nxml"),
+        ("b.xml a.xml a.jpg", "a.xml b.xml"),
+        ("a.jpg", ""),
+    ],
+)
+def test_which_files_of_a_folder_are_articles(files: str, expected: str) -> None:
+    assert articles_among(files.split()) == expected.split()
+
+
+def test_articles_of_both_extensions_in_one_folder_are_all_built(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    for number, name in ((1, "PMC1001.nxml"), (2, "PMC1002.xml")):
+        (src / name).write_text(article(number, 1, href=f"paper{number}.tif"))  # PMC's files are .jpg
+        (src / f"paper{number}.jpg").write_bytes(jpeg(picture(number)))
+    build(src, tmp_path / "out")
+    assert {s.key for s in samples(tmp_path / "out")} == {"PMC1001_f1_0", "PMC1002_f1_0"}
+
+
+def test_an_xml_beside_an_article_takes_no_image_from_it(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    (src / "main.xml").write_text(article(1, 1, href="f{n}.tif"))
+    (src / "supplement.xml").write_text("<data/>")
+    (src / "f1.JPG").write_bytes(jpeg(picture(1)))
+    build(src, tmp_path / "out")
+    assert [s.key for s in samples(tmp_path / "out")] == ["PMC1001_f1_0"]
+    assert [(s["article"], s["reason"]) for s in skipped(tmp_path / "out")] == [("supplement.xml", "no article")]
 
 
 # Two at once
