@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -509,6 +510,46 @@ def test_an_xml_beside_an_article_takes_no_image_from_it(tmp_path: Path) -> None
     build(src, tmp_path / "out")
     assert [s.key for s in samples(tmp_path / "out")] == ["PMC1001_f1_0"]
     assert [(s["article"], s["reason"]) for s in skipped(tmp_path / "out")] == [("supplement.xml", "no article")]
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ENOENT, errno.EISDIR])
+def test_a_file_that_may_not_be_read_is_named_and_the_rest_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    src = write_corpus(tmp_path / "src", 3)
+    bad = {src / "group0/article0/article.nxml", src / "group1/article1/f2.jpg"}
+    fail_to_read(monkeypatch, bad, error)
+    build(src, tmp_path / "out")
+    assert len(samples(tmp_path / "out")) == 6 - 1 - 1
+    named = [(s["article"], s.get("graphic"), s["reason"], s["detail"]) for s in skipped(tmp_path / "out")]
+    assert named == [
+        ("group0/article0/article.nxml", None, "unreadable file", os.strerror(error)),
+        ("group1/article1/article.nxml", "f2", "image: unreadable file", os.strerror(error)),
+    ]
+
+
+@pytest.mark.parametrize("name", ["article.nxml", "f1.jpg"])
+def test_a_disk_that_fails_stops_the_build_which_then_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    src = write_corpus(tmp_path / "src", 3)
+    with monkeypatch.context() as patched:
+        fail_to_read(patched, {src / "group0/article0" / name}, errno.ESTALE)
+        said = build(src, tmp_path / "out", code=3)
+    assert f"group0/article0/{name}: {os.strerror(errno.ESTALE)}" in said and "the same command goes on" in said
+    build(src, tmp_path / "out")
+    assert len(samples(tmp_path / "out")) == 6
+
+
+def fail_to_read(patched: pytest.MonkeyPatch, bad: set[Path], error: int) -> None:
+    read = Path.read_bytes
+
+    def reading(path: Path) -> bytes:
+        if path in bad:
+            raise OSError(error, os.strerror(error), str(path))
+        return read(path)
+
+    patched.setattr(Path, "read_bytes", reading)
 
 
 # Two at once
