@@ -248,6 +248,20 @@ def test_a_finished_build_is_left_alone_and_another_is_refused(tmp_path: Path) -
     assert "leave nothing to train on" in build(src, tmp_path / "none", "--val", 0.5, "--test", 0.5, code=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("--val", "1", "--val 1: input should be less than 1"),
+        ("--test", "1.5", "--test 1.5: input should be less than 1"),
+        ("--test", "inf", "--test inf: input should be a finite number"),
+    ],
+)
+def test_a_share_that_is_none_is_one_line(tmp_path: Path, name: str, value: str, message: str) -> None:
+    src = write_corpus(tmp_path / "src", 1)
+    assert build(src, tmp_path / "out", name, value, code=2) == f"error: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_of_an_unfinished_build_cannot_be_changed(tmp_path: Path) -> None:
     src, dst = write_corpus(tmp_path / "src", 4), tmp_path / "out"
     work = subprocess.Popen(
