@@ -320,6 +320,8 @@ def test_evaluation_images_are_left_out(tmp_path: Path) -> None:
     held.mkdir(parents=True)
     picture(401, (300, 200)).save(held / "x.png")
     (held / "broken.jpg").write_bytes(b"no image")
+    os.mkfifo(held / "pipe.jpg")  # opened, it would wait for a writer for ever
+    (held / "folder.jpg").mkdir()
     other = write_article(tmp_path / "other" / "article8", 8, 3)
     build(other.parents[1], tmp_path / "benchmark", "--val", 0, "--test", 0)
     options = ("--against", tmp_path / "evaluation", "--against", tmp_path / "benchmark", "--val", 0, "--test", 0)
