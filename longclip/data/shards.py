@@ -110,7 +110,8 @@ def image_format(data: bytes) -> tuple[str, int]:
         warnings.simplefilter("ignore")  # pillow warns from 89 MPixel on; the limit here is lower and not a warning
         try:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                return str(image.format), image.width * image.height
+                # MPO: a JPEG with further pictures behind the first, as phones write it.
+                return "JPEG" if image.format == "MPO" else str(image.format), image.width * image.height
         except Image.DecompressionBombError:
             raise ValueError(f"image has more than {MAX_PIXELS // 10**6} MPixel") from None
         except Exception:  # a hostile header raises nearly anything: struct.error, SyntaxError, ...
