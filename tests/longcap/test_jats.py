@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import pytest
 
@@ -187,6 +188,37 @@ def test_a_sub_article_has_figures_of_its_own() -> None:
 def test_mentions(text: str, expected: dict[int, list[tuple[str, str]]]) -> None:
     read = parse(article(f"<sec><title>Results</title><p>{text}</p></sec>{FIVE}"))
     assert {n: told(read, f"f{n}") for n in range(1, 6) if told(read, f"f{n}")} == expected
+
+
+RANGES = "Figs. 1–50, "
+LINK = '<xref ref-type="fig" rid="{}"/>'.format(" ".join(f"f{n}" for n in range(1, 51)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"<p>{RANGES * 20_000}</p>",
+        f"<p>{RANGES}</p>" * 20_000,
+        f"<p>{LINK * 2000}</p>",
+        f"<p>{xref(1)}–{xref(50)} </p>" * 4000,
+    ],
+    ids=["words", "paragraphs", "links", "ranges"],
+)
+def test_ranges_said_over_and_over_take_no_memory_to_speak_of(body: str) -> None:
+    data = article("".join(fig(n) for n in range(1, 51)) + f"<p>First {xref(7)}.</p>" + body)
+    tracemalloc.start()
+    read = parse(data)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 60e6
+    assert told(read, "f7")[0] == ("Figure 7", "xref") and all(len(f.mentions) > 10 for f in read.figures)
+
+
+def test_a_label_of_its_own_for_every_figure_is_not_looked_for_one_by_one() -> None:
+    figures = "".join(fig(n, label=f"head{'abcdefghij'[n % 10]}{'x' * (n // 10)} {n}") for n in range(3000))
+    data = article(f"{figures}<p>{'As heada 0 shows, so it is. ' * 30_000}</p>")
+    read = parse(data)
+    assert told(read, "f0")[0] == ("heada 0", "text")
 
 
 def test_labels_other_than_figure() -> None:
