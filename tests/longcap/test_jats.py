@@ -363,6 +363,9 @@ def test_other_wrappings_of_the_same_article_read_the_same() -> None:
         doctype.encode() + plain,
         b"\xef\xbb\xbf" + plain,
         ('<?xml version="1.0" encoding="UTF-16"?>' + text).encode("utf-16"),
+        ('<?xml version="1.0" encoding="UTF-16"?>' + text).encode("utf-16-le"),  # no byte-order mark
+        text.encode("utf-16-be"),
+        text.encode("utf-32-le"),
         ('<?xml version="1.0" encoding="ISO-8859-1"?>' + text).encode("latin-1"),
         ('<?xml version="1.0" encoding="ISO-8859-1"?>' + text).encode(),  # says Latin-1, is UTF-8
         namespace.encode(),
@@ -378,6 +381,25 @@ def test_other_wrappings_of_the_same_article_read_the_same() -> None:
 def test_an_undefined_entity_loses_neither_article_nor_text(doctype: str) -> None:
     data = doctype.encode() + article(fig(1, "5&nbsp;&micro;m &lt; 6 &AMP; &foo; &hellip;"))
     assert only(data).caption == "5 µm < 6 & &foo; …"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32-be"])
+def test_entities_are_seen_in_any_encoding(encoding: str) -> None:
+    assert only(article(fig(1, "5&nbsp;&micro;m &foo;")).decode().encode(encoding)).caption == "5 µm &foo;"
+    with pytest.raises(BadArticle, match="entity expansion"):
+        parse((BOMB + "]>" + article("<p>&i;</p>").decode()).encode(encoding))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("<![CDATA[&alpha; &foo; <b>]]> &alpha;", "&alpha; &foo; <b> α"),
+        ("<!-- <![CDATA[ -->&alpha;<!-- ]]> -->", "α"),
+        ("<![CDATA[<!--]]>&alpha;", "<!--α"),
+    ],
+)
+def test_what_cdata_says_is_meant_to_the_letter(written: str, read: str) -> None:
+    assert only(article(fig(1, written))).caption == read
 
 
 BOMB = "<!DOCTYPE article [<!ENTITY a 'ha'>" + "".join(
