@@ -90,6 +90,7 @@ def test_the_second_call_asks_for_what_is_missing_only(bucket: PmcBucket, tmp_pa
         "silence",
         "cut",
         "trickle",
+        "trickling header",
         "wrong length",
         "garbage",
         (503, {}),
@@ -181,6 +182,13 @@ def test_a_wait_that_the_server_asks_for_holds_back_every_connection(
     gaps = [after - before for before, after in itertools.pairwise(times)]
     # But for those on the wire when it spoke nobody asks on; then all do: more than the four requests left of PMC1.
     assert max(gaps) > 0.8 and len(times) - gaps.index(max(gaps)) - 1 > 8
+
+
+@pytest.mark.parametrize("fault", ["silence", "trickling header"])
+def test_an_answer_that_never_comes_is_given_up_by_name(bucket: PmcBucket, tmp_path: Path, fault: str) -> None:
+    bucket.faults[FIGURE] = [fault, ...]
+    outcome = get(bucket, tmp_path, manners=Manners(rate=1000, timeout=0.5, attempts=2, backoff=0.02))
+    assert outcome.failed == {"PMC1": f"{FIGURE}: no answer within 0.5 s, 2 times"}
 
 
 def test_requests_keep_the_pace(bucket: PmcBucket, tmp_path: Path) -> None:
