@@ -29,7 +29,11 @@ def index(
     dest: Annotated[Path | None, typer.Option("--out", help="Where the index goes, if not beside the shards.")] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 1,
 ) -> None:
-    """Index a folder of WebDataset shards, once."""
+    """Index a folder of WebDataset shards, once, and again after shards change.
+
+    Noticed without it: a shard that is gone or has another size, a sample that is not where it was. Not noticed: other
+    bytes in a shard whose samples have the same keys and sizes as before.
+    """
     from longclip.data.index import index_folder
 
     done = index_folder(shards, dest, workers)
