@@ -274,6 +274,19 @@ def test_the_newest_version_unless_one_is_named(bucket: PmcBucket, tmp_path: Pat
     assert files(tmp_path / "named")["PMC1/fig1.jpg"] == b"v2"
 
 
+def test_what_an_interrupted_fetch_of_another_version_left_is_removed(bucket: PmcBucket, tmp_path: Path) -> None:
+    bucket.add("PMC1", {"fig1.jpg": IMAGE, "fig2.jpg": b"old" * 999, "fig3.tif": IMAGE, "g4": b"x"})
+    bucket.faults["PMC1.1/fig3.tif"] = ["cut", ...]
+    assert "PMC1" in get(bucket, tmp_path, manners=Manners(rate=1000, timeout=1.0, attempts=1)).failed
+    assert set(files(tmp_path)) >= {"PMC1/PMC1.1.xml", "PMC1/fig2.jpg", "PMC1/fig3.tif.part"}
+    (tmp_path / "PMC1" / "notes.txt").write_text("mine")
+    bucket.add("PMC1", {"fig1.jpg": IMAGE, "fig2.png": b"new" * 999}, version=2)
+    assert get(bucket, tmp_path).failed == {}
+    assert set(files(tmp_path)) == {f"PMC1/{f}" for f in ("PMC1.2.xml", "fig1.jpg", "fig2.png", "notes.txt")}
+    record = json.loads((tmp_path / "PMC1" / "source.json").read_text())
+    assert record["article"] == "PMC1.2" and bucket.asked("PMC1.2/fig1.jpg") == []  # the same bytes as before
+
+
 def test_an_article_that_is_not_there_and_a_mirror_that_cannot_list(bucket: PmcBucket, tmp_path: Path) -> None:
     assert get(bucket, tmp_path, "PMC404").failed == {"PMC404": f"is not in {bucket.url}"}
     bucket.lists = False
