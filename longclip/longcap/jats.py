@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from typing import Any, Literal, NamedTuple
 
-from longclip.longcap.article import Article, Figure, Mention, Paragraph
+from longclip.longcap.article import Article, Figure, License, Mention, Paragraph
 from longclip.longcap.frontmatter import read_front, read_references
 from longclip.longcap.labels import Labels, is_range
-from longclip.longcap.license import find_license
+from longclip.longcap.license import find_license, find_own_license
 from longclip.longcap.markup import REASONS, BadArticle, article_element
 from longclip.longcap.text import REWRITTEN, collapse, make_readable, raw_text, text_of
 
@@ -75,6 +75,7 @@ class _Picture(NamedTuple):
     graphics: tuple[str, ...]
     group: str
     sub_article: str
+    license: License | None
 
 
 def parse(data: bytes) -> Article:
@@ -232,6 +233,7 @@ def _picture(fig: Any, group: Any, place: int, taken: set[str], sub_article: str
         tuple(_graphics(fig)),
         "" if group is None else text_of(group.find("label")) or group.get("id") or "",
         sub_article,
+        find_own_license(fig, group),
     )
 
 

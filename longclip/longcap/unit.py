@@ -182,6 +182,9 @@ class _Maker:
             return self._skip("figure without caption", figure=figure.id)
         if not figure.graphics:
             return self._skip("figure without graphic", figure=figure.id)
+        license = pairs.license_of(context.article, figure)
+        if not self.options.allows(license.name):
+            return self._skip("licence not asked for", license.name, figure=figure.id)
         found = list(self._images(figure, media))
         if not found:
             return

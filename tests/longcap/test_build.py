@@ -300,6 +300,30 @@ def test_licences_are_asked_for_by_name(tmp_path: Path) -> None:
     assert manifest(tmp_path / "unknown")["licenses"] == {"CC BY-NC 4.0": 2, "unknown": 2}
 
 
+def test_a_figure_of_somebody_else_goes_by_its_own_licence(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    reserved = "<permissions><copyright-statement>Reprinted with permission from X.</copyright-statement></permissions>"
+    for number, said in ((1, reserved), (2, f"<permissions>{CC_BY_NC}</permissions>"), (3, "")):
+        file = write_article(src / str(number), number, 2)
+        file.write_text(file.read_text().replace('<graphic xlink:href="f2"/>', f'{said}<graphic xlink:href="f2"/>'))
+    free = write_article(src / "4", 4, 1, license=CC_BY_NC)  # whose text, the caption, is not free
+    free.write_text(free.read_text().replace("<graphic", f"<permissions>{CC_BY}</permissions><graphic"))
+    build(src, tmp_path / "by", "--licenses", "CC BY")
+    assert {s.key for s in samples(tmp_path / "by")} == {f"PMC100{n}" for n in ("1_f1_0", "2_f1_0", "3_f1_0", "3_f2_0")}
+    assert [(s["article"], s.get("figure"), s["reason"], s["detail"]) for s in skipped(tmp_path / "by")] == [
+        ("1/article.nxml", "f2", "licence not asked for", "unknown"),
+        ("2/article.nxml", "f2", "licence not asked for", "CC BY-NC 4.0"),
+        ("4/article.nxml", None, "licence not asked for", "CC BY-NC 4.0"),
+    ]
+    build(src, tmp_path / "all")
+    read = {s.key: (s.fields["article_license"], s.fields["license_source"]) for s in samples(tmp_path / "all")}
+    assert read["PMC1001_f1_0"] == ("CC BY 4.0", "link")
+    assert read["PMC1001_f2_0"] == ("unknown", "figure prose")
+    assert read["PMC1002_f2_0"] == ("CC BY-NC 4.0", "figure link")
+    assert read["PMC1004_f1_0"] == ("CC BY-NC 4.0", "link")
+    assert manifest(tmp_path / "all")["licenses"] == {"CC BY 4.0": 4, "CC BY-NC 4.0": 2, "unknown": 1}
+
+
 def test_the_same_article_and_the_same_image_are_built_once(tmp_path: Path) -> None:
     src = tmp_path / "src"
     doi = '<article-id pub-id-type="doi">10.1000/CELLS.1</article-id>'

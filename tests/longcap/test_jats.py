@@ -350,6 +350,43 @@ def test_license(permissions: str, name: str, source: str) -> None:
     assert (read.license.name, read.license.source) == (name, source)
 
 
+@pytest.mark.parametrize(
+    ("said", "own"),
+    [
+        ("", None),
+        ("<permissions><copyright-statement>© 2015 Doe</copyright-statement></permissions>", None),
+        ("<attrib>Photograph: J. Doe</attrib>", None),
+        (f'<permissions><license xlink:href="{CC}/licenses/by-nc/4.0/"/></permissions>', ("CC BY-NC 4.0", "link")),
+        (f"<permissions>{terms('the terms of the publisher')}</permissions>", ("other", "prose")),
+        (f"<permissions>{terms('CC BY-SA 3.0')}</permissions>", ("CC BY-SA 3.0", "prose")),
+        ("<attrib>J. Doe, Wikimedia (CC BY-SA 3.0)</attrib>", ("CC BY-SA 3.0", "prose")),
+        ("<attrib>Reproduced with permission from Elsevier [12].</attrib>", ("unknown", "prose")),
+        (
+            "<permissions><copyright-statement>Reprinted by kind permission of the Louvre</copyright-statement>"
+            "</permissions>",
+            ("unknown", "prose"),
+        ),
+        (
+            "<permissions><copyright-statement>© 2015 Wiley. All rights reserved.</copyright-statement></permissions>",
+            ("unknown", "prose"),
+        ),
+        (
+            f"<permissions><copyright-statement>With permission from Doe</copyright-statement>"
+            f'<license xlink:href="{BY}"/></permissions>',
+            ("CC BY 4.0", "link"),
+        ),
+    ],
+)
+def test_a_figure_may_have_a_licence_of_its_own(said: str, own: tuple[str, str] | None) -> None:
+    figure = fig(1).replace("<graphic", f"{said}<graphic")
+    in_group = f'<fig-group id="g"><caption><p>All.</p></caption>{said}{fig(1)}</fig-group>'
+    inside = fig(1).replace('.jpg"/>', f'.jpg">{said}</graphic>')
+    for body in (figure, inside, in_group):
+        license = only(article(body)).license
+        assert (license and (license.name, license.source)) == own
+        assert only(article(body)).caption in ("Cells.", "All. Cells.")
+
+
 # Markup that came through other hands
 
 
