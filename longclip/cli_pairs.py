@@ -29,7 +29,11 @@ def index(
     dest: Annotated[Path | None, typer.Option("--out", help="Where the index goes, if not beside the shards.")] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes.")] = 1,
 ) -> None:
-    """Index a folder of WebDataset shards, once."""
+    """Index a folder of WebDataset shards, once, and again after shards change.
+
+    Noticed without it: a shard that is gone or has another size, a sample that is not where it was. Not noticed: other
+    bytes in a shard whose samples have the same keys and sizes as before.
+    """
     from longclip.data.index import index_folder
 
     done = index_folder(shards, dest, workers)
@@ -119,10 +123,12 @@ def longcap_build(
     site: SiteName = None,
 ) -> None:
     """Build shards of image-text pairs with long captions from articles. The same command goes on after a stop."""
+    from pydantic import ValidationError
+
     from longclip.experiment.schema import parse_time
     from longclip.launch.site import find_site
     from longclip.longcap.command import build
-    from longclip.longcap.options import Options, license_names
+    from longclip.longcap.options import Options, license_names, mistake
 
     if on not in ("local", "slurm"):
         raise UserError(f"--on {on}: valid is local or slurm")
@@ -130,17 +136,20 @@ def longcap_build(
         minutes = parse_time(time_limit)
     except ValueError as error:
         raise UserError(f"--time {error}") from None
-    options = Options(
-        tokenizer=tokenizer,
-        budget=budget,
-        licenses=license_names(licenses),
-        val=val,
-        test=test,
-        shard_size=shard_size,
-        against=tuple(against or ()),
-        distance=distance,
-        seed=seed,
-    )
+    try:
+        options = Options(
+            tokenizer=tokenizer,
+            budget=budget,
+            licenses=license_names(licenses),
+            val=val,
+            test=test,
+            shard_size=shard_size,
+            against=tuple(against or ()),
+            distance=distance,
+            seed=seed,
+        )
+    except ValidationError as error:
+        raise mistake(error) from None
     build(src, dest, options, workers, (find_site(site, None), minutes) if on == "slurm" else None)
 
 

@@ -5,7 +5,9 @@ member is optional. Any program that reads WebDataset reads these shards, and sh
 
 An index is built once, in a single pass over each tar: where each member lies, what is unreadable and why, and the
 hash of the whole file. After that a sample is ``os.pread`` at a known place: order and resuming become arithmetic
-(webdataset itself has no mid-epoch resume), and what the index found unreadable is not in the order at all.
+(webdataset itself has no mid-epoch resume), and what the index found unreadable is not in the order at all. A shard
+that was changed and not indexed again is noticed by its size when it is opened, and by keys and sizes of its samples
+when they are read; other bytes in members of the same keys and sizes are not, for no hash is computed then.
 
     FOLDER/train-0000.tar            the shard
     FOLDER/index.json                the shards, their sizes and hashes, and what was skipped
@@ -110,7 +112,8 @@ def image_format(data: bytes) -> tuple[str, int]:
         warnings.simplefilter("ignore")  # pillow warns from 89 MPixel on; the limit here is lower and not a warning
         try:
             with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-                return str(image.format), image.width * image.height
+                # MPO: a JPEG with further pictures behind the first, as phones write it.
+                return "JPEG" if image.format == "MPO" else str(image.format), image.width * image.height
         except Image.DecompressionBombError:
             raise ValueError(f"image has more than {MAX_PIXELS // 10**6} MPixel") from None
         except Exception:  # a hostile header raises nearly anything: struct.error, SyntaxError, ...

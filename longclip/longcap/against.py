@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def _images(place: str) -> Iterator[bytes]:
             if name.rpartition(".")[2].lower() not in IMAGE_EXTENSIONS:
                 continue
             try:
-                yield file.read_bytes() if file.stat().st_size <= MAX_MEMBER else b""
+                found = file.stat()
+                if stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                    yield file.read_bytes() if found.st_size <= MAX_MEMBER else b""
             except OSError as error:
                 raise SiteError(f"cannot read {file}: {error.strerror}") from None

@@ -51,6 +51,9 @@ class Figure:
     """id of the sub-article that it stands in; empty for the article's own figures"""
     mentions: tuple[Mention, ...] = ()
     """in document order; not those inside captions"""
+    license: License | None = None
+    """what the figure, or the group around it, states for itself; "unknown" where somebody else's permission or all
+    rights reserved are stated and no licence; None: nothing beyond the article's"""
 
 
 @dataclass(frozen=True)

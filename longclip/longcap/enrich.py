@@ -8,6 +8,7 @@ description the user's message.
     DEST/train-000000.tar   the same samples, in the same order; in their json ``long_caption`` is the rewrite,
                             ``long_caption_extractive`` what it was, ``rewrite`` {model, prompt, outcome}
     DEST/rewrites.jsonl     every answer, by the hash of model, prompt and text: none is asked for twice
+    DEST/requests           a byte for each request that was sent, answered or not
     DEST/rewrite.json       model, prompt's hash, the source's hash, and at the end the outcomes
 
 A shard is written when each of its texts has an answer or has failed, so a call that stops (budget, Ctrl-C, the server
@@ -23,7 +24,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Budget:
     """What all calls for one DEST may use together; None: no bound."""
 
     requests: int | None = None
-    """of calls before this one, those that were answered count"""
+    """sent, whether or not an answer came: the endpoint may bill them all"""
     tokens: int | None = None
     """no request is sent once they are used; what is on its way then still comes"""
 
@@ -89,8 +90,9 @@ class Endpoint:
         """sha256 (hex) of what decides the answer."""
         return hashlib.sha256(json.dumps([self.model, self.prompt, text]).encode()).hexdigest()
 
-    def ask(self, text: str, most: int | None = None) -> Answer:
-        """``text`` rewritten. ``most``: requests after which no more is sent, retries included.
+    def ask(self, text: str, most: int | None = None, sent: Callable[[], object] = lambda: None) -> Answer:
+        """``text`` rewritten. ``most``: requests after which no more is sent, retries included. ``sent``: called
+        before each, one at a time.
 
         Raises Failed, OverBudget.
         """
@@ -104,6 +106,7 @@ class Endpoint:
             with self._lock:
                 if most is not None and self.requests >= most:
                     raise OverBudget
+                sent()
                 self.requests += 1
             # auth, not headers: requests would let a ~/.netrc entry of that host replace a header.
             send = self.client.send("POST", self.url, json=question, auth=self._sign, allow_redirects=False)
@@ -190,6 +193,24 @@ class Cache:
         self._file.close()
 
 
+class Sent:
+    """How many requests all calls have sent, in a file of a byte each: a kill loses none."""
+
+    def __init__(self, path: Path, answers: int) -> None:
+        """``answers``: what a folder from before there was such a file has; each took at least one request."""
+        self._path, self._file = path, open(path, "ab", buffering=0)  # noqa: SIM115  (open for as long as this is)
+        self.total = self._file.tell()
+        self.add(max(0, answers - self.total))
+
+    def add(self, requests: int = 1) -> None:
+        with told_as_no_space(self._path, AGAIN):
+            self._file.write(b"." * requests)
+        self.total += requests
+
+    def close(self) -> None:
+        self._file.close()
+
+
 @dataclass(frozen=True)
 class Rewritten:
     samples: int
@@ -232,7 +253,8 @@ def _rewrite(
     prompt = hashlib.sha256(endpoint.prompt.encode()).hexdigest()
     _claim(dest / "rewrite.json", {"model": endpoint.model, "prompt_sha256": prompt, "source_hash": dataset.hash})
     cache = Cache(dest / "rewrites.jsonl")
-    work = _Work(dataset, endpoint, budget, cache, prompt, lease)
+    sent = Sent(dest / "requests", len(cache))
+    work = _Work(dataset, endpoint, budget, cache, sent, prompt, lease)
     left = [s for s in range(len(dataset.names)) if dataset.sizes[s] and not (dest / dataset.names[s]).exists()]
     try:
         with progress("samples", sum(dataset.sizes[s] for s in left)) as tell:
@@ -245,6 +267,7 @@ def _rewrite(
     finally:
         endpoint.client.stop.set()
         cache.close()
+        sent.close()
     index_folder(dest)
     outcomes = _outcomes(open_dataset(dest))
     result = Rewritten(
@@ -263,12 +286,12 @@ class _Work:
     """The state of one call."""
 
     def __init__(
-        self, dataset: Dataset, endpoint: Endpoint, budget: Budget, cache: Cache, prompt: str, lease: Lease
+        self, dataset: Dataset, endpoint: Endpoint, budget: Budget, cache: Cache, sent: Sent, prompt: str, lease: Lease
     ) -> None:
         self.dataset, self.endpoint, self.budget, self.cache, self.prompt = dataset, endpoint, budget, cache, prompt
         self.lease, self.renewed = lease, time.monotonic()
-        # Each answer of earlier calls took at least one request.
-        self.most = None if budget.requests is None else budget.requests - len(cache)
+        self.sent = sent
+        self.most = None if budget.requests is None else budget.requests - sent.total
         self.failed: dict[str, str] = {}
         self.invented: Counter[str] = Counter()
         self.in_a_row = 0
@@ -281,7 +304,7 @@ class _Work:
         # Once it has to stop nothing more is asked, but what is on its way has been paid for.
         for _, answer in abreast(self._texts(shard), self._one, connections, lambda: 0 if stop else 2**63):
             if isinstance(answer, OverBudget):
-                used = f"{len(self.cache):,} answers, {self.cache.tokens:,} tokens, {self.endpoint.requests:,} requests"
+                used = f"{len(self.cache):,} answers, {self.cache.tokens:,} tokens, {self.sent.total:,} requests"
                 again = "with a larger one the same command continues; what was answered is kept"
                 stop.append(LongclipError(f"the budget is used up: {used} now", again))
             elif isinstance(answer, BaseException):
@@ -316,7 +339,7 @@ class _Work:
         if self.budget.tokens is not None and self.cache.tokens >= self.budget.tokens:
             raise OverBudget
         try:
-            answer = self.endpoint.ask(text, self.most)
+            answer = self.endpoint.ask(text, self.most, self.sent.add)
         except Failed as error:
             self.failed[key] = error.reason
             self.in_a_row += 1

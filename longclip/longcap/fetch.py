@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from longclip.data.shards import MAX_MEMBER, write_aside
+from longclip.data.shards import IMAGE_EXTENSIONS, MAX_MEMBER, write_aside
 from longclip.errors import SiteError, told_as_no_space
 from longclip.longcap.abreast import abreast
 from longclip.longcap.pmc import ArticleId, find_version
@@ -147,10 +147,7 @@ def fetch_article(store: Store, asked: ArticleId, dest: Path, licenses: frozense
         return f"licence {found.license}"
     with told_as_no_space(folder, AGAIN):
         folder.mkdir(parents=True, exist_ok=True)
-        # Another version's article would be a second one in this folder.
-        for other in folder.glob("*.xml"):
-            if other.name != found.files[0].name:
-                other.unlink()
+        _remove_other_version(folder, {file.name for file in found.files}, found.files[0].name)
         files, count, size = [], 0, 0
         for file in found.files:
             path = folder / file.name
@@ -172,6 +169,19 @@ def fetch_article(store: Store, asked: ArticleId, dest: Path, licenses: frozense
         with write_aside(folder / RECORD) as out:
             out.write(source.model_dump_json(indent=1).encode() + b"\n")
     return _Got(source, count, size)
+
+
+def _remove_other_version(folder: Path, wanted: set[str], article: str) -> None:
+    """Removes what another version has left, whole or in part: its article would be a second one, its images ours."""
+    others = [path for path in folder.glob("*.xml") if path.name != article]
+    if others:
+        for path in folder.iterdir():
+            # Nothing that fetch does not bring: there may be notes of somebody.
+            fetched = path.suffix.lower()[1:] in ("", "part", *IMAGE_EXTENSIONS)
+            if fetched and path.name not in wanted and path.is_file():
+                path.unlink()
+    for path in others:  # last, for they tell that there is something to remove
+        path.unlink()
 
 
 def _count(outcome: Outcome, article: ArticleId, answer: _Got | str | BaseException) -> None:

@@ -39,12 +39,16 @@ _GRAMMAR = _words(
 
 _UNIT = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
 _END_OF_UNIT = r"(?![^\W_])"
-_GLUED = re.compile(rf"(?<![\w-])(\d+(?:\.\d+)*)((?:{_UNIT}){_END_OF_UNIT})")
+_N = r"\d+(?:\.\d+)*(?:\^[-+]?\d+)?"
+_GLUED = re.compile(rf"(?<![\w-])({_N})((?:{_UNIT}){_END_OF_UNIT})")
 _QUANTITY = re.compile(
-    rf"(?:(?P<sign>[<>≤≥±≈~]|(?<!\w)-)\s*|(?<![\w-])(?<!\d\.))(?P<number>\d+(?:\.\d+)*(?:-\d+(?:\.\d+)*)?)"
+    rf"(?:(?P<sign>[<>≤≥±≈~]|(?<!\w)-)\s*|(?<![\w-])(?<!\d\.))(?P<number>{_N}(?:-{_N})?)"
     rf"(?:[\s-]*(?P<unit>{_UNIT}){_END_OF_UNIT})?(?![^\W_])"
 )
-_TOKEN = re.compile(rf"[^\W_]+(?:[-./'][^\W_]+)*\+?|{'|'.join(map(re.escape, ('%', '‰', '°')))}")
+_TOKEN = re.compile(
+    rf"[^\W_]+(?:(?:[-./']|(?<=\d)\^[-+]?(?=\d))[^\W_]+)*\+?|{'|'.join(map(re.escape, ('%', '‰', '°')))}"
+)
+_EXPONENT = re.compile(r"(?<=\d)[⁺⁻]?[⁰¹²³⁴-⁹]+")
 _SENTENCE_START = re.compile(r"(?:^|[.!?:;]\s+)[\"'(\[]*$")
 
 
@@ -79,7 +83,8 @@ def invented(rewrite: str, source: str) -> tuple[str, ...]:
 
 
 def _plain(text: str) -> str:
-    """One way to write each thing: µ, dashes, 1,000 and 5mm."""
+    """One way to write each thing: µ, dashes, 1,000, 10⁶ and 5mm."""
+    text = _EXPONENT.sub(r"^\g<0>", text)  # NFKC makes 106 of 10⁶
     text = unicodedata.normalize("NFKC", text).replace("µ", "μ")
     text = re.sub("[\u2010-\u2015\u2212]", "-", text).replace("\u2019", "'")
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)

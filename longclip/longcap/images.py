@@ -84,18 +84,13 @@ def find(href: str, files: Mapping[str, Path]) -> Path | None:
     PLOS and eLife rename them (``journal.pone.0093988.g001`` is ``g001.png``, ``elife-30274-fig1`` is
     ``elife-30274-fig1-v2.tif``), where just one stem among ``files`` fits.
     """
-    bare = href.strip()
-    if "://" in bare:
-        bare = bare.split("#")[0].split("?")[0]
-    name = unquote(bare).replace("\\", "/").rpartition("/")[2]
-    if name in ("", ".", ".."):
-        return None
-    if name in files:
-        return files[name]
-    stem = _stem(name)
-    for extension in (*EXTENSIONS, ""):
-        if (path := files.get(stem + extension) or files.get(stem + extension.upper())) is not None:
+    names = exact_names(href)
+    for name in names:
+        if (path := files.get(name)) is not None:
             return path
+    if not names:
+        return None
+    stem = _stem(names[0])
     stems: dict[str, list[str]] = {}
     for other in files:
         stems.setdefault(_stem(other).casefold(), []).append(other)
@@ -105,6 +100,17 @@ def find(href: str, files: Mapping[str, Path]) -> Path | None:
         return None
     same = [other for other in stems[fitting[0]] if _rank(other) <= len(EXTENSIONS)]
     return files[min(same, key=lambda other: (_rank(other), other))] if same else None
+
+
+def exact_names(href: str) -> list[str]:
+    """The file names that ``href`` may mean to the letter: its own, and its stem with any image's extension or none."""
+    bare = href.strip()
+    if "://" in bare:
+        bare = bare.split("#")[0].split("?")[0]
+    name = unquote(bare).replace("\\", "/").rpartition("/")[2]
+    if name in ("", ".", ".."):
+        return []
+    return [name, *(_stem(name) + form for extension in (*EXTENSIONS, "") for form in (extension, extension.upper()))]
 
 
 def _stem(name: str) -> str:

@@ -10,13 +10,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Literal, NamedTuple
 
-from longclip.longcap.article import Article, Figure, Mention, Paragraph
+from longclip.longcap.article import Article, Figure, License, Mention, Paragraph
 from longclip.longcap.frontmatter import read_front, read_references
 from longclip.longcap.labels import Labels, is_range
-from longclip.longcap.license import find_license
+from longclip.longcap.license import find_license, find_own_license
 from longclip.longcap.markup import REASONS, BadArticle, article_element
 from longclip.longcap.text import REWRITTEN, collapse, make_readable, raw_text, text_of
 
@@ -38,6 +38,11 @@ _NO_PICTURE = frozenset(("caption", "table-wrap", "disp-formula", "inline-formul
 _VECTOR = (".svg", ".svgz", ".eps", ".ps", ".pdf", ".ai")
 _SMALL = ("thumb", "small", "icon", "low")
 
+# "Figs. 1-50" over and over is fifty mentions every twelve bytes: what is beyond any article's need is left out.
+_MOST_SAID = 20_000
+"""names of a figure in a paragraph, those that overlap included"""
+_MOST_MENTIONS = 50_000
+"""mentions in an article, after which no further paragraph is read for any"""
 
 How = Literal["xref", "range", "text"]
 
@@ -70,6 +75,7 @@ class _Picture(NamedTuple):
     graphics: tuple[str, ...]
     group: str
     sub_article: str
+    license: License | None
 
 
 def parse(data: bytes) -> Article:
@@ -227,6 +233,7 @@ def _picture(fig: Any, group: Any, place: int, taken: set[str], sub_article: str
         tuple(_graphics(fig)),
         "" if group is None else text_of(group.find("label")) or group.get("id") or "",
         sub_article,
+        find_own_license(fig, group),
     )
 
 
@@ -273,23 +280,32 @@ def _line(raw: str, place: _Place, means: list[tuple[int, ...]]) -> _Line:
 def _mentions(lines: Sequence[_Line], labels: Labels, figures: int) -> list[list[Mention]]:
     """For each figure where it is spoken of, in document order; one place is one mention of it."""
     found: list[list[Mention]] = [[] for _ in range(figures)]
+    room = _MOST_MENTIONS
     for n, line in enumerate(lines):
-        said: list[tuple[int, int, int, How]] = [
-            (start, end, i, "xref") for start, end, means in line.xrefs for i in means
-        ]
-        for (start, until, first), (since, end, last) in pairwise(line.xrefs):
-            if is_range(line.text, start, until, since):
-                said += [(start, end, i, "range") for i in labels.between(first[-1], last[0])]
-        linked = {start: end for start, end, _ in line.xrefs}
-        for start, end, i, in_range in labels.named(line.text, line.place.sub_article, linked):
-            said.append((start, end, i, "range" if in_range else "text"))
-        if said:
-            _add(found, n, said)
+        if room > 0 and (said := list(islice(_said(line, labels), _MOST_SAID))):
+            room -= _add(found, n, said)
     return found
 
 
-def _add(found: list[list[Mention]], paragraph: int, said: list[tuple[int, int, int, How]]) -> None:
-    """Adds what one paragraph says, but for words that only repeat a cross-reference which overlaps them."""
+def _said(line: _Line, labels: Labels) -> Iterator[tuple[int, int, int, How]]:
+    """(start, end, figure, how) of all that names a figure in a paragraph."""
+    for start, end, means in line.xrefs:
+        for i in means:
+            yield start, end, i, "xref"
+    for (start, until, first), (since, end, last) in pairwise(line.xrefs):
+        if is_range(line.text, start, until, since):
+            for i in labels.between(first[-1], last[0]):
+                yield start, end, i, "range"
+    linked = {start: end for start, end, _ in line.xrefs}
+    for start, end, i, in_range in labels.named(line.text, line.place.sub_article, linked):
+        yield start, end, i, "range" if in_range else "text"
+
+
+def _add(found: list[list[Mention]], paragraph: int, said: list[tuple[int, int, int, How]]) -> int:
+    """Adds what one paragraph says, but for words that only repeat a cross-reference which overlaps them.
+
+    Returns the number of mentions that this adds.
+    """
     spans: dict[int, list[tuple[int, int, How]]] = defaultdict(list)
     for start, end, figure, how in said:
         at = bisect_left(spans[figure], (end, end, "xref"))
@@ -297,3 +313,4 @@ def _add(found: list[list[Mention]], paragraph: int, said: list[tuple[int, int, 
             spans[figure].insert(at, (start, end, how))
     for figure, places in spans.items():
         found[figure] += [Mention(paragraph, start, end, how) for start, end, how in places]
+    return sum(map(len, spans.values()))

@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 MOST_IN_A_RANGE = 50
 """a wider "Figs. 1-200" is a slip of the pen, or an attack"""
+MOST_IN_A_LIST = 100
+"""numbers after one head: each further head in a list is read anew, so that lists must not be endless"""
+MOST_HEADS = 100
+"""words other than "figure" before a number ("Scheme 1") that are looked for in a text"""
 
 _NUMBER = r"(?P<prefix>[A-Z]{0,2})[.-]?(?P<number>\d{1,4}(?:\.\d{1,3}){0,3})(?!\d)"
 # eLife numbers supplements below a figure: "Figure 7—figure supplement 1".
@@ -116,8 +120,8 @@ class Labels:
         for label, scope, members in shared:
             if (key := key_of(label)) is not None:
                 self._by_key.setdefault((scope, key), members)
-        heads = {key.head for _, key in self._by_key}
-        words = heads - {"figure"}
+        heads = dict.fromkeys(key.head for _, key in self._by_key)
+        words = [word for word in heads if word != "figure"][:MOST_HEADS]
         self._known: dict[tuple[str, Key, Key], tuple[list[int], bool]] = {}
         # As written and as begun with a capital: "Scheme 1", "scheme 1".
         self._pattern = _heads(frozenset(form for word in words for form in (word, word.capitalize())))
@@ -182,7 +186,7 @@ def _items(text: str, position: int, head: str, qualifier: str, plural: bool) ->
     items: list[tuple[Key, Key, int, int]] = []
     item = _ITEM.match(text, position)
     start = position
-    while item is not None:
+    while item is not None and len(items) < MOST_IN_A_LIST:
         key = _key(head, qualifier, item)
         items.append((key, key, start, item.end()))
         between = _BETWEEN.match(text, item.end())

@@ -1,4 +1,7 @@
-"""The licence of an article, by the strongest evidence that it gives: a link, an attribute, prose; else unknown."""
+"""The licence of an article, and of a figure that states its own.
+
+By the strongest evidence given: a link, an attribute, prose; else unknown.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,10 @@ _TERMS = (
     ("sa", re.compile(r"share[\s-]*alike|\bsa\b", re.IGNORECASE)),
 )
 _VERSION = re.compile(r"\b([1-4]\.\d)\b")
+_OTHERS = re.compile(
+    r"\bpermission\s+(?:of|from|by)\b|\b(?:with|by)\s+(?:\w+\s+){0,2}permission\b|\ball\s+rights\s+reserved\b",
+    re.IGNORECASE,
+)
 
 
 def find_license(meta: Any) -> License:
@@ -59,6 +66,28 @@ def find_license(meta: Any) -> License:
         url = next((link for link in links if link), "")
         return License("other", url, "link" if url else "prose" if text else "attribute", text)
     return License("unknown")
+
+
+def find_own_license(fig: Any, group: Any) -> License | None:
+    """What a figure, or the fig-group around it (None: there is none), states for itself; see ``Figure.license``."""
+    around = [] if group is None else [*group.findall("permissions"), *group.findall("attrib")]
+    for element in (fig, *around):
+        found = find_license(element)
+        if found.name != "unknown":
+            return found
+        said = [text_of(e) for e in element.iter("permissions", "attrib")]
+        for text in said:
+            if name := _of_prose(text):
+                return License(name, "", "prose", text)
+        for text in said:
+            if _OTHERS.search(text):
+                return License("unknown", "", "prose", text)
+    return None
+
+
+def stricter(one: License, other: License) -> License:
+    """The one that allows less; ``one`` where they allow the same."""
+    return max(one, other, key=lambda license: (license.name in ("other", "unknown"), _restrictions(license.name)))
 
 
 def _restrictions(name: str) -> tuple[bool, int]:

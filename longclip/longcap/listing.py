@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from longclip.longcap import images
 _MOST_UNITS, _LARGEST_UNIT = 256, 256
 """up to so many articles a unit has one; above, units grow up to so many articles each, and then in number"""
 
+_PMC = re.compile(r"PMC\d+(?:\.\d+)?\.xml", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -37,8 +40,8 @@ class Place:
 def find_articles(root: Path) -> Iterator[Place]:
     """Every article below ``root``, in the order of their folders' names.
 
-    In a folder that holds ``.nxml`` files the ``.xml`` files are supplements. Hidden folders are passed over. Links
-    are listed but not followed, for an unpacked archive may hold links that lead anywhere.
+    Hidden folders are passed over. Links are listed but not followed, for an unpacked archive may hold links that lead
+    anywhere.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -57,27 +60,30 @@ def find_articles(root: Path) -> Iterator[Place]:
 
 
 def articles_among(files: list[str]) -> list[str]:
-    """Those file names of one folder that are articles, sorted."""
-    for extension in (".nxml", ".xml"):
-        if found := sorted(f for f in files if f.lower().endswith(extension) and not f.startswith(".")):
-            return found
-    return []
+    """Those file names of one folder that are articles, sorted.
+
+    Every ``.nxml`` is one. So is every ``.xml`` where there is no ``.nxml``; beside one an ``.xml`` is a supplement,
+    unless PMC names articles so (``PMC2.xml``, ``PMC2.1.xml``) and no ``.nxml`` has the same name.
+    """
+    nxml = [f for f in files if f.lower().endswith(".nxml") and not f.startswith(".")]
+    xml = [f for f in files if f.lower().endswith(".xml") and not f.startswith(".")]
+    stems = {f.lower().removesuffix(".nxml") for f in nxml}
+    return sorted(nxml + [f for f in xml if not nxml or (_PMC.fullmatch(f) and f.lower()[:-4] not in stems)])
 
 
 def media_of(root: Path, place: Place, hrefs: list[str]) -> dict[str, Path]:
     """File name -> path of the media that may belong to an article: the files beside it.
 
-    Where several articles share a folder, only files that have the very name of one of ``hrefs``, with or without an
-    extension: a looser match could give one article the figure of another.
+    Where several articles share a folder, only files that have the very name of one of ``hrefs``, with any image's
+    extension or none: a looser match could give one article the figure of another.
     """
     folder = (root / place.name).parent
     if place.alone:
         found = images.listing(folder)
         found.pop(Path(place.name).name, None)
         return found
-    stems = dict.fromkeys(href.rpartition("/")[2] for href in hrefs)
-    wanted = (stem + extension for stem in stems for extension in ("", *images.EXTENSIONS))
-    return {name: folder / name for name in wanted if name and "\0" not in name and is_regular(folder / name)}
+    wanted = dict.fromkeys(name for href in hrefs for name in images.exact_names(href))
+    return {name: folder / name for name in wanted if "\0" not in name and is_regular(folder / name)}
 
 
 def is_regular(file: Path) -> bool:

@@ -32,9 +32,16 @@ _WIDE = (
     (b"\0\0\xfe\xff", "utf-32"),
     (b"\xff\xfe", "utf-16"),
     (b"\xfe\xff", "utf-16"),
+    # Without a mark XML's first character tells; it is "<".
+    (b"<\0\0\0", "utf-32-le"),
+    (b"\0\0\0<", "utf-32-be"),
+    (b"<\0", "utf-16-le"),
+    (b"\0<", "utf-16-be"),
 )
 _DECLARED = re.compile(rb"""^\s*<\?xml[^>]*?\sencoding\s*=\s*["']([\w.:-]+)["']""")
 _ENTITY = re.compile(rb"&(?!(?:amp|lt|gt|quot|apos);)([A-Za-z_][\w.-]{0,63});")
+# An end that is missing is the file's: no part of it is looked at twice.
+_LITERAL_OR_ENTITY = re.compile(rb"<!--.*?(?:-->|\Z)|<!\[CDATA\[.*?(?:\]\]>|\Z)|" + _ENTITY.pattern, re.DOTALL)
 _DECLARES = re.compile(rb"<!ENTITY\s+(%?)\s*([^\s%]+)")
 
 
@@ -109,7 +116,7 @@ def _without_entities(data: bytes) -> bytes:
     """HTML's and ISO's named characters as numbers; names that nobody declares stay as they are written ("&foo;").
 
     A DTD would have declared them, and no DTD is read: a parser drops such names, or the whole article. What a file
-    declares for itself is not expanded: an article that uses it is refused.
+    declares for itself is not expanded: an article that uses it is refused. CDATA says what it says to the letter.
     """
     declared = _DECLARES.findall(data) if b"<!ENTITY" in data else []
     own = {name for _, name in declared}
@@ -119,6 +126,8 @@ def _without_entities(data: bytes) -> bytes:
 
     def number(found: re.Match[bytes]) -> bytes:
         name = found[1]
+        if name is None:
+            return found.group()
         known = html5.get(name.decode("latin-1") + ";")
         if known is not None:
             return "".join(f"&#{ord(c)};" for c in known).encode()
@@ -128,7 +137,9 @@ def _without_entities(data: bytes) -> bytes:
             raise BadArticle("entity expansion", f"&{name.decode('latin-1')}; is declared in the file itself")
         return b"&amp;" + name + b";"
 
-    return _ENTITY.sub(number, data) if b"&" in data else data
+    # With declarations of its own nothing is passed over, or they could open what hides their use.
+    pattern = _LITERAL_OR_ENTITY if b"<![CDATA[" in data and not own else _ENTITY
+    return pattern.sub(number, data) if b"&" in data else data
 
 
 def _why(error: Any, data: bytes) -> str:

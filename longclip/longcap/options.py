@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from longclip import __version__
 from longclip.errors import UserError
@@ -18,7 +18,7 @@ from longclip.errors import UserError
 _LICENSES = ("CC0", "CC BY", "CC BY-SA", "CC BY-ND", "CC BY-NC", "CC BY-NC-SA", "CC BY-NC-ND", "Public Domain")
 _UNVERSIONED = ("other", "unknown")
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 
 
 class Options(BaseModel):
@@ -46,6 +46,14 @@ class Options(BaseModel):
     def allows(self, license: str) -> bool:
         """Whether an article under ``license`` ("CC BY 4.0", "other", "unknown") is wanted."""
         return not self.licenses or any(license == name or license.startswith(f"{name} ") for name in self.licenses)
+
+
+def mistake(error: ValidationError) -> UserError:
+    """The first thing that is wrong with the values of ``Options``, by the name that it has on the command line."""
+    first = error.errors()[0]
+    option = str(first["loc"][0]).replace("_", "-")
+    given = f"{first['input']:g}" if isinstance(first["input"], float) else first["input"]
+    return UserError(f"--{option} {given}: {first['msg'][:1].lower()}{first['msg'][1:]}")
 
 
 def license_names(text: str) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ by. Beyond them:
     image_title
     article_doi, article_pmid
     license_url, license_source
+                            a figure's own licence where that is stricter than the article's, from which the text is:
+                            then the source is "figure link", "figure attribute" or "figure prose"
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import hashlib
 import re
 from typing import Any
 
-from longclip.longcap.article import Article, Figure
+from longclip.longcap.article import Article, Figure, License
 from longclip.longcap.context import Description
 from longclip.longcap.images import EncodedImage
+from longclip.longcap.license import stricter
 
 _LONGEST_NAME = 60
 
@@ -64,10 +67,22 @@ def article_fields(article: Article) -> dict[str, Any]:
     }
 
 
+def license_of(article: Article, figure: Figure) -> License:
+    """Of a pair: the stricter one of the figure's own and the article's, for the caption is the article's text."""
+    return article.license if figure.license is None else stricter(figure.license, article.license)
+
+
 def figure_fields(article: Article, figure: Figure, description: Description) -> dict[str, Any]:
-    """The fields that all graphics of a figure share."""
+    """The fields that all graphics of a figure share; a licence is among them where it is the figure's own."""
     cited = dict.fromkeys(article.paragraphs[mention.paragraph].text for mention in figure.mentions)
+    license = license_of(article, figure)
+    own = {
+        "article_license": license.name,
+        "license_url": license.url,
+        "license_source": f"figure {license.source}",
+    }
     return {
+        **(own if license is figure.license else {}),
         "image_figure_id": figure.id,
         "image_label": figure.label,
         "image_title": figure.title,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import email.utils
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from longclip.errors import SiteError, UserError
 
 try:
     import requests
+    from requests.adapters import HTTPAdapter
     from urllib3.exceptions import HTTPError
 except ImportError:
     raise SiteError("talking to servers needs requests", 'pip install "longclip[longcap]"') from None
@@ -36,7 +39,7 @@ class Manners:
     """requests a second, over all connections"""
     connections: int = 4
     timeout: float = 30.0
-    """seconds without a byte after which an answer is given up"""
+    """seconds without a byte, or until the whole header is there, after which an answer is given up"""
     attempts: int = 5
     """how often one thing is asked for, the first time included"""
     backoff: float = 1.0
@@ -78,6 +81,43 @@ class Stopped(Exception):
     """Somebody has set ``Client.stop``."""
 
 
+class _InTime:
+    """Mixed into a connection: its answer's header has come within the timeout, or TimeoutError is raised.
+
+    The socket's own timeout starts anew with each byte, and a header that trickles would never end.
+    """
+
+    sock: Any
+    timeout: float
+
+    def getresponse(self) -> Any:
+        sock, late = self.sock, threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            with suppress(OSError):  # closed meanwhile
+                # Not TLS's own shutdown, which another thread must not call: the reader sees the stream end.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+        timer = threading.Timer(self.timeout, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()  # type: ignore[misc]
+        finally:
+            timer.cancel()
+            if late.is_set():  # whatever it made of a header that was cut off
+                raise TimeoutError
+
+
+class _Adapter(HTTPAdapter):  # type: ignore[misc]
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        if not issubclass(pool.ConnectionCls, _InTime):
+            pool.ConnectionCls = type("Connection", (_InTime, pool.ConnectionCls), {})
+        return pool
+
+
 class Client:
     """Requests to one server, from any number of threads, at one pace."""
 
@@ -95,6 +135,8 @@ class Client:
         """
         if not hasattr(self._local, "session"):  # requests promises nothing about sessions shared by threads
             self._local.session = requests.Session()
+            for scheme in ("http://", "https://"):
+                self._local.session.mount(scheme, _Adapter())
             contact = f" ({self.manners.contact})" if self.manners.contact else ""
             # Bytes as they are stored: that is what hashes and ranges are about.
             agent = {"User-Agent": f"longclip/{__version__}{contact}", "Accept-Encoding": "identity"}

@@ -162,6 +162,8 @@ class _Maker:
             article = jats.parse(_read(file))
         except jats.BadArticle as error:
             return self._skip(error.reason, error.detail)
+        except _UNREADABLE as error:
+            return self._skip("unreadable file", error.strerror or "")
         if not self.options.allows(article.license.name):
             return self._skip("licence not asked for", article.license.name)
         if not article.figures:
@@ -180,6 +182,9 @@ class _Maker:
             return self._skip("figure without caption", figure=figure.id)
         if not figure.graphics:
             return self._skip("figure without graphic", figure=figure.id)
+        license = pairs.license_of(context.article, figure)
+        if not self.options.allows(license.name):
+            return self._skip("licence not asked for", license.name, figure=figure.id)
         found = list(self._images(figure, media))
         if not found:
             return
@@ -206,15 +211,24 @@ class _Maker:
             except images.BadImage as error:
                 self._skip(f"image: {error.reason}", error.detail, **where)
                 continue
+            except _UNREADABLE as error:
+                self._skip("image: unreadable file", error.strerror or "", **where)
+                continue
             if hashes.near(np.array([image.phash], dtype=np.uint64), self.against, self.options.distance)[0]:
                 self._skip("image of an evaluation set", **where)
                 continue
             yield number, path.name, image
 
 
+_UNREADABLE = (PermissionError, FileNotFoundError, IsADirectoryError)
+"""what another attempt would meet as well; any other error (a network's disk that is away) may pass"""
+
+
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
+    except _UNREADABLE:
+        raise
     except OSError as error:
         raise SiteError(f"cannot read {file}: {error.strerror}", "the same command goes on") from None
 

@@ -85,6 +85,20 @@ def test_a_shard_is_whole_or_absent(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_jpeg_of_several_pictures_is_written_as_jpeg(tmp_path: Path) -> None:
+    """MPO, from phones: to every reader of JPEG its first picture."""
+    buffer = io.BytesIO()
+    first, second = (Image.open(io.BytesIO(picture(n))) for n in range(2))
+    first.save(buffer, "MPO", save_all=True, append_images=[second])
+    with Image.open(io.BytesIO(buffer.getvalue())) as image:
+        assert image.format == "MPO"
+    write_shard(tmp_path / "a.tar", [Sample("a", buffer.getvalue(), "text", {})])
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert tar.getnames()[0] == "a.jpg"
+    assert index_folder(tmp_path).skipped == {}
+    assert open_dataset(tmp_path).read(0, 0).image == buffer.getvalue()
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP"])
 def test_image_formats(tmp_path: Path, form: str) -> None:
     write_shard(tmp_path / "a.tar", [sample(0, form)])

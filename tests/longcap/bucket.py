@@ -116,6 +116,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.bucket.released.wait()
             self.close_connection = True
             return
+        if fault == "trickling header":
+            for byte in b"HTTP/1.1 200 OK\r\n" + b"X-More: 1\r\n" * 10**6:
+                self.wfile.write(bytes([byte]))
+                if self.bucket.released.wait(0.05):
+                    break
+            self.close_connection = True
+            return
         if isinstance(fault, tuple):  # status, headers
             self._answer(fault[0], b"the server's own words", fault[1])
             return

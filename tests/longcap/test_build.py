@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -30,6 +31,7 @@ from longclip.data.shards import Dataset, Sample, open_dataset
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.longcap.build import begin
 from longclip.longcap.hashes import near
+from longclip.longcap.listing import articles_among
 from longclip.longcap.options import Options
 from longclip.track.lease import Lease
 from tests.launch.small import environment
@@ -246,6 +248,20 @@ def test_a_finished_build_is_left_alone_and_another_is_refused(tmp_path: Path) -
     assert "leave nothing to train on" in build(src, tmp_path / "none", "--val", 0.5, "--test", 0.5, code=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("--val", "1", "--val 1: input should be less than 1"),
+        ("--test", "1.5", "--test 1.5: input should be less than 1"),
+        ("--test", "inf", "--test inf: input should be a finite number"),
+    ],
+)
+def test_a_share_that_is_none_is_one_line(tmp_path: Path, name: str, value: str, message: str) -> None:
+    src = write_corpus(tmp_path / "src", 1)
+    assert build(src, tmp_path / "out", name, value, code=2) == f"error: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_options_of_an_unfinished_build_cannot_be_changed(tmp_path: Path) -> None:
     src, dst = write_corpus(tmp_path / "src", 4), tmp_path / "out"
     work = subprocess.Popen(
@@ -284,6 +300,30 @@ def test_licences_are_asked_for_by_name(tmp_path: Path) -> None:
     assert manifest(tmp_path / "unknown")["licenses"] == {"CC BY-NC 4.0": 2, "unknown": 2}
 
 
+def test_a_figure_of_somebody_else_goes_by_its_own_licence(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    reserved = "<permissions><copyright-statement>Reprinted with permission from X.</copyright-statement></permissions>"
+    for number, said in ((1, reserved), (2, f"<permissions>{CC_BY_NC}</permissions>"), (3, "")):
+        file = write_article(src / str(number), number, 2)
+        file.write_text(file.read_text().replace('<graphic xlink:href="f2"/>', f'{said}<graphic xlink:href="f2"/>'))
+    free = write_article(src / "4", 4, 1, license=CC_BY_NC)  # whose text, the caption, is not free
+    free.write_text(free.read_text().replace("<graphic", f"<permissions>{CC_BY}</permissions><graphic"))
+    build(src, tmp_path / "by", "--licenses", "CC BY")
+    assert {s.key for s in samples(tmp_path / "by")} == {f"PMC100{n}" for n in ("1_f1_0", "2_f1_0", "3_f1_0", "3_f2_0")}
+    assert [(s["article"], s.get("figure"), s["reason"], s["detail"]) for s in skipped(tmp_path / "by")] == [
+        ("1/article.nxml", "f2", "licence not asked for", "unknown"),
+        ("2/article.nxml", "f2", "licence not asked for", "CC BY-NC 4.0"),
+        ("4/article.nxml", None, "licence not asked for", "CC BY-NC 4.0"),
+    ]
+    build(src, tmp_path / "all")
+    read = {s.key: (s.fields["article_license"], s.fields["license_source"]) for s in samples(tmp_path / "all")}
+    assert read["PMC1001_f1_0"] == ("CC BY 4.0", "link")
+    assert read["PMC1001_f2_0"] == ("unknown", "figure prose")
+    assert read["PMC1002_f2_0"] == ("CC BY-NC 4.0", "figure link")
+    assert read["PMC1004_f1_0"] == ("CC BY-NC 4.0", "link")
+    assert manifest(tmp_path / "all")["licenses"] == {"CC BY 4.0": 4, "CC BY-NC 4.0": 2, "unknown": 1}
+
+
 def test_the_same_article_and_the_same_image_are_built_once(tmp_path: Path) -> None:
     src = tmp_path / "src"
     doi = '<article-id pub-id-type="doi">10.1000/CELLS.1</article-id>'
@@ -304,6 +344,8 @@ def test_evaluation_images_are_left_out(tmp_path: Path) -> None:
     held.mkdir(parents=True)
     picture(401, (300, 200)).save(held / "x.png")
     (held / "broken.jpg").write_bytes(b"no image")
+    os.mkfifo(held / "pipe.jpg")  # opened, it would wait for a writer for ever
+    (held / "folder.jpg").mkdir()
     other = write_article(tmp_path / "other" / "article8", 8, 3)
     build(other.parents[1], tmp_path / "benchmark", "--val", 0, "--test", 0)
     options = ("--against", tmp_path / "evaluation", "--against", tmp_path / "benchmark", "--val", 0, "--test", 0)
@@ -473,6 +515,81 @@ def test_bare_articles_that_share_a_folder_get_their_own_images_only(tmp_path: P
     build(src, tmp_path / "out")
     assert [s.key for s in samples(tmp_path / "out")] == ["PMC1001_f1_0"]
     assert [(s["article"], s["reason"]) for s in skipped(tmp_path / "out")] == [("2.xml", "image missing")]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ("PMC1.nxml PMC2.xml PMC3.2.xml", "PMC1.nxml PMC2.xml PMC3.2.xml"),
+        ("PMC1.nxml PMC1.xml PMC1-supp.xml supp1.xml", "PMC1.nxml"),
+        ("main.nxml supp.XML .PMC2.xml", "main.nxml"),
+        ("b.xml a.xml a.jpg", "a.xml b.xml"),
+        ("a.jpg", ""),
+    ],
+)
+def test_which_files_of_a_folder_are_articles(files: str, expected: str) -> None:
+    assert articles_among(files.split()) == expected.split()
+
+
+def test_articles_of_both_extensions_in_one_folder_are_all_built(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    for number, name in ((1, "PMC1001.nxml"), (2, "PMC1002.xml")):
+        (src / name).write_text(article(number, 1, href=f"paper{number}.tif"))  # PMC's files are .jpg
+        (src / f"paper{number}.jpg").write_bytes(jpeg(picture(number)))
+    build(src, tmp_path / "out")
+    assert {s.key for s in samples(tmp_path / "out")} == {"PMC1001_f1_0", "PMC1002_f1_0"}
+
+
+def test_an_xml_beside_an_article_takes_no_image_from_it(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    (src / "main.xml").write_text(article(1, 1, href="f{n}.tif"))
+    (src / "supplement.xml").write_text("<data/>")
+    (src / "f1.JPG").write_bytes(jpeg(picture(1)))
+    build(src, tmp_path / "out")
+    assert [s.key for s in samples(tmp_path / "out")] == ["PMC1001_f1_0"]
+    assert [(s["article"], s["reason"]) for s in skipped(tmp_path / "out")] == [("supplement.xml", "no article")]
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.ENOENT, errno.EISDIR])
+def test_a_file_that_may_not_be_read_is_named_and_the_rest_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    src = write_corpus(tmp_path / "src", 3)
+    bad = {src / "group0/article0/article.nxml", src / "group1/article1/f2.jpg"}
+    fail_to_read(monkeypatch, bad, error)
+    build(src, tmp_path / "out")
+    assert len(samples(tmp_path / "out")) == 6 - 1 - 1
+    named = [(s["article"], s.get("graphic"), s["reason"], s["detail"]) for s in skipped(tmp_path / "out")]
+    assert named == [
+        ("group0/article0/article.nxml", None, "unreadable file", os.strerror(error)),
+        ("group1/article1/article.nxml", "f2", "image: unreadable file", os.strerror(error)),
+    ]
+
+
+@pytest.mark.parametrize("name", ["article.nxml", "f1.jpg"])
+def test_a_disk_that_fails_stops_the_build_which_then_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    src = write_corpus(tmp_path / "src", 3)
+    with monkeypatch.context() as patched:
+        fail_to_read(patched, {src / "group0/article0" / name}, errno.ESTALE)
+        said = build(src, tmp_path / "out", code=3)
+    assert f"group0/article0/{name}: {os.strerror(errno.ESTALE)}" in said and "the same command goes on" in said
+    build(src, tmp_path / "out")
+    assert len(samples(tmp_path / "out")) == 6
+
+
+def fail_to_read(patched: pytest.MonkeyPatch, bad: set[Path], error: int) -> None:
+    read = Path.read_bytes
+
+    def reading(path: Path) -> bytes:
+        if path in bad:
+            raise OSError(error, os.strerror(error), str(path))
+        return read(path)
+
+    patched.setattr(Path, "read_bytes", reading)
 
 
 # Two at once

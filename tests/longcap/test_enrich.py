@@ -252,6 +252,32 @@ def test_retries_are_requests_too(chat: Chat, shards: Path, tmp_path: Path) -> N
         run(chat, shards, tmp_path / "out", Budget(requests=6), connections=1)
 
 
+@pytest.mark.parametrize("fault", [(500, {}), "silence", "cut"], ids=str)
+def test_requests_without_an_answer_count_in_later_calls_too(
+    chat: Chat, shards: Path, tmp_path: Path, fault: Any
+) -> None:
+    """The endpoint may bill them."""
+    chat.always = fault
+    for _ in range(2):
+        with pytest.raises(LongclipError, match="0 answers, 0 tokens, 5 requests"):
+            run(chat, shards, tmp_path / "out", Budget(requests=5), connections=1)
+        assert len(chat.asked) == 5
+    chat.always = None
+    with pytest.raises(LongclipError, match="2 answers, 200 tokens, 7 requests"):
+        run(chat, shards, tmp_path / "out", Budget(requests=7), connections=1)
+    assert len(chat.asked) == 7
+    assert run(chat, shards, tmp_path / "out").requests == 10  # of this call
+    assert run(chat, shards, tmp_path / "out", Budget(requests=1)).requests == 0
+
+
+def test_a_folder_of_before_counts_its_answers(chat: Chat, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(LongclipError, match="7 answers"):
+        run(chat, shards, tmp_path / "out", Budget(requests=7), connections=1)
+    (tmp_path / "out" / "requests").unlink()
+    with pytest.raises(LongclipError, match="8 answers, 800 tokens, 8 requests"):
+        run(chat, shards, tmp_path / "out", Budget(requests=8), connections=1)
+
+
 def test_a_token_budget_needs_a_server_that_counts(chat: Chat, shards: Path, tmp_path: Path) -> None:
     chat.usage = False
     with pytest.raises(UserError, match="does not say how many tokens"):

@@ -90,6 +90,7 @@ def test_the_second_call_asks_for_what_is_missing_only(bucket: PmcBucket, tmp_pa
         "silence",
         "cut",
         "trickle",
+        "trickling header",
         "wrong length",
         "garbage",
         (503, {}),
@@ -183,6 +184,13 @@ def test_a_wait_that_the_server_asks_for_holds_back_every_connection(
     assert max(gaps) > 0.8 and len(times) - gaps.index(max(gaps)) - 1 > 8
 
 
+@pytest.mark.parametrize("fault", ["silence", "trickling header"])
+def test_an_answer_that_never_comes_is_given_up_by_name(bucket: PmcBucket, tmp_path: Path, fault: str) -> None:
+    bucket.faults[FIGURE] = [fault, ...]
+    outcome = get(bucket, tmp_path, manners=Manners(rate=1000, timeout=0.5, attempts=2, backoff=0.02))
+    assert outcome.failed == {"PMC1": f"{FIGURE}: no answer within 0.5 s, 2 times"}
+
+
 def test_requests_keep_the_pace(bucket: PmcBucket, tmp_path: Path) -> None:
     get(bucket, tmp_path, "PMC1", "PMC2", manners=Manners(rate=20, timeout=5, contact="me@example.org"))
     times = [r.time for r in bucket.requests]
@@ -264,6 +272,19 @@ def test_the_newest_version_unless_one_is_named(bucket: PmcBucket, tmp_path: Pat
     other = get(bucket, tmp_path / "named", "PMC1.10")
     assert "holds PMC1.2; remove it" in other.failed["PMC1.10"]
     assert files(tmp_path / "named")["PMC1/fig1.jpg"] == b"v2"
+
+
+def test_what_an_interrupted_fetch_of_another_version_left_is_removed(bucket: PmcBucket, tmp_path: Path) -> None:
+    bucket.add("PMC1", {"fig1.jpg": IMAGE, "fig2.jpg": b"old" * 999, "fig3.tif": IMAGE, "g4": b"x"})
+    bucket.faults["PMC1.1/fig3.tif"] = ["cut", ...]
+    assert "PMC1" in get(bucket, tmp_path, manners=Manners(rate=1000, timeout=1.0, attempts=1)).failed
+    assert set(files(tmp_path)) >= {"PMC1/PMC1.1.xml", "PMC1/fig2.jpg", "PMC1/fig3.tif.part"}
+    (tmp_path / "PMC1" / "notes.txt").write_text("mine")
+    bucket.add("PMC1", {"fig1.jpg": IMAGE, "fig2.png": b"new" * 999}, version=2)
+    assert get(bucket, tmp_path).failed == {}
+    assert set(files(tmp_path)) == {f"PMC1/{f}" for f in ("PMC1.2.xml", "fig1.jpg", "fig2.png", "notes.txt")}
+    record = json.loads((tmp_path / "PMC1" / "source.json").read_text())
+    assert record["article"] == "PMC1.2" and bucket.asked("PMC1.2/fig1.jpg") == []  # the same bytes as before
 
 
 def test_an_article_that_is_not_there_and_a_mirror_that_cannot_list(bucket: PmcBucket, tmp_path: Path) -> None:

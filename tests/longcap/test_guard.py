@@ -74,6 +74,35 @@ def test_what_it_does_not_say_is_named(text: str, what: str) -> None:
     assert what in invented(text, SOURCE)
 
 
+POWERS = "We counted 10⁶ cells, 106 mice, 5 × 10⁻³ g, p < 10^−5, 2.5·10^4 and 7^8; an area of 4 mm² (n = 38)."
+
+
+@pytest.mark.parametrize(
+    "text", ["10^6 cells and 106 mice", "10⁶ cells", "p < 10⁻⁵, 5 × 10^-3 g", "4 mm2, 4 mm²", "2.5·10⁴, 7⁸"]
+)
+def test_a_power_may_be_written_either_way(text: str) -> None:
+    assert invented(text, POWERS) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "what"),
+    [
+        ("106 cells", "10⁶ cells", "106"),
+        ("10⁶ cells", "106 cells", "10^6"),
+        ("10^6 cells", "10 mice, 6 rats", "10^6"),
+        ("10 cells", "10⁶ cells", "10"),
+        ("10⁻⁶ g", "10⁶ g", "10^-6 g"),
+        ("10⁶ g", "10⁻⁶ g", "10^6 g"),
+        ("10^7 cells", "10⁶ cells", "10^7"),
+        ("10⁶ mg", "10⁶ g", "10^6 mg"),
+        ("10^6mg", "10⁶ g", "10^6 mg"),
+        ("10⁵–10⁷ cells", "10⁵–10⁶ cells", "10^5-10^7"),
+    ],
+)
+def test_a_power_is_no_other_number(text: str, source: str, what: str) -> None:
+    assert what in invented(text, source)
+
+
 @given(st.text(), st.text())
 def test_any_text_is_judged_and_none_invents_against_itself(text: str, other: str) -> None:
     assert invented(text, text) == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import pytest
 
@@ -189,6 +190,37 @@ def test_mentions(text: str, expected: dict[int, list[tuple[str, str]]]) -> None
     assert {n: told(read, f"f{n}") for n in range(1, 6) if told(read, f"f{n}")} == expected
 
 
+RANGES = "Figs. 1–50, "
+LINK = '<xref ref-type="fig" rid="{}"/>'.format(" ".join(f"f{n}" for n in range(1, 51)))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        f"<p>{RANGES * 20_000}</p>",
+        f"<p>{RANGES}</p>" * 20_000,
+        f"<p>{LINK * 2000}</p>",
+        f"<p>{xref(1)}–{xref(50)} </p>" * 4000,
+    ],
+    ids=["words", "paragraphs", "links", "ranges"],
+)
+def test_ranges_said_over_and_over_take_no_memory_to_speak_of(body: str) -> None:
+    data = article("".join(fig(n) for n in range(1, 51)) + f"<p>First {xref(7)}.</p>" + body)
+    tracemalloc.start()
+    read = parse(data)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 60e6
+    assert told(read, "f7")[0] == ("Figure 7", "xref") and all(len(f.mentions) > 10 for f in read.figures)
+
+
+def test_a_label_of_its_own_for_every_figure_is_not_looked_for_one_by_one() -> None:
+    figures = "".join(fig(n, label=f"head{'abcdefghij'[n % 10]}{'x' * (n // 10)} {n}") for n in range(3000))
+    data = article(f"{figures}<p>{'As heada 0 shows, so it is. ' * 30_000}</p>")
+    read = parse(data)
+    assert told(read, "f0")[0] == ("heada 0", "text")
+
+
 def test_labels_other_than_figure() -> None:
     labels = {
         1: "Scheme 1",
@@ -318,6 +350,43 @@ def test_license(permissions: str, name: str, source: str) -> None:
     assert (read.license.name, read.license.source) == (name, source)
 
 
+@pytest.mark.parametrize(
+    ("said", "own"),
+    [
+        ("", None),
+        ("<permissions><copyright-statement>© 2015 Doe</copyright-statement></permissions>", None),
+        ("<attrib>Photograph: J. Doe</attrib>", None),
+        (f'<permissions><license xlink:href="{CC}/licenses/by-nc/4.0/"/></permissions>', ("CC BY-NC 4.0", "link")),
+        (f"<permissions>{terms('the terms of the publisher')}</permissions>", ("other", "prose")),
+        (f"<permissions>{terms('CC BY-SA 3.0')}</permissions>", ("CC BY-SA 3.0", "prose")),
+        ("<attrib>J. Doe, Wikimedia (CC BY-SA 3.0)</attrib>", ("CC BY-SA 3.0", "prose")),
+        ("<attrib>Reproduced with permission from Elsevier [12].</attrib>", ("unknown", "prose")),
+        (
+            "<permissions><copyright-statement>Reprinted by kind permission of the Louvre</copyright-statement>"
+            "</permissions>",
+            ("unknown", "prose"),
+        ),
+        (
+            "<permissions><copyright-statement>© 2015 Wiley. All rights reserved.</copyright-statement></permissions>",
+            ("unknown", "prose"),
+        ),
+        (
+            f"<permissions><copyright-statement>With permission from Doe</copyright-statement>"
+            f'<license xlink:href="{BY}"/></permissions>',
+            ("CC BY 4.0", "link"),
+        ),
+    ],
+)
+def test_a_figure_may_have_a_licence_of_its_own(said: str, own: tuple[str, str] | None) -> None:
+    figure = fig(1).replace("<graphic", f"{said}<graphic")
+    in_group = f'<fig-group id="g"><caption><p>All.</p></caption>{said}{fig(1)}</fig-group>'
+    inside = fig(1).replace('.jpg"/>', f'.jpg">{said}</graphic>')
+    for body in (figure, inside, in_group):
+        license = only(article(body)).license
+        assert (license and (license.name, license.source)) == own
+        assert only(article(body)).caption in ("Cells.", "All. Cells.")
+
+
 # Markup that came through other hands
 
 
@@ -331,6 +400,9 @@ def test_other_wrappings_of_the_same_article_read_the_same() -> None:
         doctype.encode() + plain,
         b"\xef\xbb\xbf" + plain,
         ('<?xml version="1.0" encoding="UTF-16"?>' + text).encode("utf-16"),
+        ('<?xml version="1.0" encoding="UTF-16"?>' + text).encode("utf-16-le"),  # no byte-order mark
+        text.encode("utf-16-be"),
+        text.encode("utf-32-le"),
         ('<?xml version="1.0" encoding="ISO-8859-1"?>' + text).encode("latin-1"),
         ('<?xml version="1.0" encoding="ISO-8859-1"?>' + text).encode(),  # says Latin-1, is UTF-8
         namespace.encode(),
@@ -346,6 +418,25 @@ def test_other_wrappings_of_the_same_article_read_the_same() -> None:
 def test_an_undefined_entity_loses_neither_article_nor_text(doctype: str) -> None:
     data = doctype.encode() + article(fig(1, "5&nbsp;&micro;m &lt; 6 &AMP; &foo; &hellip;"))
     assert only(data).caption == "5 µm < 6 & &foo; …"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32-be"])
+def test_entities_are_seen_in_any_encoding(encoding: str) -> None:
+    assert only(article(fig(1, "5&nbsp;&micro;m &foo;")).decode().encode(encoding)).caption == "5 µm &foo;"
+    with pytest.raises(BadArticle, match="entity expansion"):
+        parse((BOMB + "]>" + article("<p>&i;</p>").decode()).encode(encoding))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("<![CDATA[&alpha; &foo; <b>]]> &alpha;", "&alpha; &foo; <b> α"),
+        ("<!-- <![CDATA[ -->&alpha;<!-- ]]> -->", "α"),
+        ("<![CDATA[<!--]]>&alpha;", "<!--α"),
+    ],
+)
+def test_what_cdata_says_is_meant_to_the_letter(written: str, read: str) -> None:
+    assert only(article(fig(1, written))).caption == read
 
 
 BOMB = "<!DOCTYPE article [<!ENTITY a 'ha'>" + "".join(
