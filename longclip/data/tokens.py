@@ -26,6 +26,8 @@ class Tokenizer:
         # The window is ours to cut; this silences a warning about texts longer than the tower was trained on.
         self._tokenizer.model_max_length = 10**9
         self.context_length = context_length
+        marked = self._tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)["special_tokens_mask"]
+        self._ends = next((n for n, special in enumerate(reversed(marked)) if not special), len(marked))
 
     def cut_to(self, window: int) -> Tokenizer:
         """The same tokenizer with another window."""
@@ -40,15 +42,16 @@ class Tokenizer:
     def __call__(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
         """Token ids cut to the window, and each text's full length.
 
-        The last token of a cut text is the tokenizer's last special one (``[SEP]``), as tokenizers' own truncation
-        leaves it.
+        A cut text ends in the special tokens that the tokenizer ends a text with (``[SEP]``; some have none), as
+        tokenizers' own truncation leaves it.
         """
         full: list[list[int]] = self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]
-        return [cut(ids, self.context_length) for ids in full], [len(ids) for ids in full]
+        return [cut(ids, self.context_length, self._ends) for ids in full], [len(ids) for ids in full]
 
 
-def cut(ids: list[int], window: int) -> list[int]:
-    return ids if len(ids) <= window else [*ids[: window - 1], ids[-1]]
+def cut(ids: list[int], window: int, ends: int) -> list[int]:
+    """The first ``window`` of a text's ids, of which the last ``ends`` are its own last."""
+    return ids if len(ids) <= window else [*ids[: max(0, window - ends)], *ids[len(ids) - ends :]]
 
 
 def waste(lengths: Sequence[int], window: int) -> float:

@@ -24,21 +24,19 @@ from longclip.data.order import Mixture, Order
 from longclip.data.shards import Dataset, Sample, open_dataset, write_shard
 from longclip.data.sources import Sources
 from longclip.data.text import Text
-from longclip.data.tokens import Tokenizer, cut, vocabulary_of, waste
+from longclip.data.tokens import Tokenizer, vocabulary_of, waste
 from longclip.model.towers import Pixels
 from tests.data.forms import form
 
 WORDS = [f"w{i}" for i in range(60)]
 
 
-def make_tokenizer(folder: Path) -> None:
+def make_tokenizer(folder: Path, single: str = "[CLS] $A [SEP]") -> None:
     """A word-level tokenizer as a transformers folder."""
     vocab = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
     raw = RawTokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    raw.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
+    raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     folder.mkdir(parents=True)
     raw.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
@@ -252,8 +250,18 @@ def test_window_and_waste(shards: Path) -> None:
     full._tokenizer.model_max_length = 4
     assert ids == full._tokenizer(texts, truncation=True)["input_ids"]  # tokenizers' own truncation
     assert waste(lengths, 4) == 3 / 12
-    assert cut([1, 2, 3], 3) == [1, 2, 3]
     assert vocabulary_of(shards / "tok") == tokenizer.vocabulary == 64
+
+
+@pytest.mark.parametrize("single", ["[CLS] $A [SEP]", "[CLS] $A", "$A", "$A [SEP] [CLS]"])
+def test_cut_as_tokenizers_truncate(single: str, tmp_path: Path) -> None:
+    """Whatever special tokens a text ends in, none among them: then its first words are kept, and no last one."""
+    make_tokenizer(tmp_path / "tok", single)
+    for window in range(2, 9):
+        ours, theirs = Tokenizer(str(tmp_path / "tok"), window), Tokenizer(str(tmp_path / "tok"), window)
+        theirs._tokenizer.model_max_length = window
+        texts = ["w1 w2 w3 w4 w5", "w1", "w7 w8 unheard w9 w10 w11 w12"]
+        assert ours(texts)[0] == theirs._tokenizer(texts, truncation=True)["input_ids"]
 
 
 def test_square_without_crop_is_the_middle() -> None:

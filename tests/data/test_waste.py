@@ -69,7 +69,7 @@ lengths = st.lists(st.integers(2, 600), min_size=1, max_size=40)
 def test_waste_is_what_truncation_loses(sizes: list[int], window: int) -> None:
     """Token by token: the texts as ids, cut as the loader cuts them, padded as a batch pads them."""
     texts = [[0, *range(10, 8 + size), 1] for size in sizes]
-    kept = [cut(ids, window) for ids in texts]
+    kept = [cut(ids, window, 1) for ids in texts]
     own = [sum(i > 1 for ids in some for i in ids) for some in (texts, kept)]
     found = Lengths(Counter(sizes), specials=2)
     assert found.cut(window) == own[0] - own[1]
