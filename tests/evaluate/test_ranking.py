@@ -11,6 +11,7 @@ from torch import Tensor
 
 from longclip.evaluate import ranking
 from longclip.evaluate.conventions import CONVENTIONS
+from longclip.evaluate import ranking
 from longclip.evaluate.ranking import both_ways, match_table, ranks_of, retrieval
 
 
@@ -82,6 +83,14 @@ def test_without_ties_all_conventions_agree() -> None:
     for convention in CONVENTIONS:
         for a, b in zip(both_ways(images, texts), both_ways(images, texts, None, convention), strict=True):
             assert a.tolist() == b.tolist()
+
+
+def test_a_gallery_beyond_what_fp32_counts_is_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(50, 8, generator=random) for _ in range(2))
+    whole = both_ways(images, texts)
+    monkeypatch.setattr(ranking, "EXACT", 7)
+    assert all(torch.equal(a, b) for a, b in zip(both_ways(images, texts), whole, strict=True))
 
 
 def test_a_collapsed_model_gets_nothing() -> None:
