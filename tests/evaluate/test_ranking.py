@@ -11,7 +11,6 @@ from torch import Tensor
 
 from longclip.evaluate import ranking
 from longclip.evaluate.conventions import CONVENTIONS
-from longclip.evaluate import ranking
 from longclip.evaluate.ranking import both_ways, match_table, ranks_of, retrieval
 
 
