@@ -70,7 +70,7 @@ def _misses(scores_bG: Tensor, places_bC: Tensor, absent_bC: Tensor) -> Tensor:
     # Taken from the same product as all others: computed apart, the last bit of a tie could differ.
     own_bC = scores_bG.gather(1, places_bC)
     best_b1 = own_bC.masked_fill(absent_bC | own_bC.isnan(), -torch.inf).amax(dim=1, keepdim=True)
-    # In place, as 0.0 and 1.0 (0.0 for NaN on either side): counting bools takes five times as long.
+    # In place, as 0.0 and 1.0 (0.0 for NaN on either side): counting bools takes several times as long.
     lower = sum(part.sum(dim=1).long() for part in torch.split(scores_bG.lt_(best_b1), EXACT, dim=1))
     rights_b1 = (~(own_bC < best_b1) & ~absent_bC).sum(dim=1)
     return scores_bG.shape[1] - lower - rights_b1
