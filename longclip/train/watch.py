@@ -123,7 +123,8 @@ class Watch:
                 limit = STARTING_FACTOR * self._floor
             # Limits differ by rank, so one that is not at its own yet answers those that are. Not one that has just
             # beaten, though: it and its like were freed in the same moment, and would call each other up for ever.
-            if silent > limit or (silent > self._floor / 2 and self._answers()):
+            # Nor one that was continued after the verdict: what it would answer has been decided without it.
+            if silent > limit or (silent > self._floor / 2 and not self._ended() and self._answers()):
                 self._answer(beats, silent)
                 silent = 0.0
 

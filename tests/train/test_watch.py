@@ -117,6 +117,25 @@ def test_a_stopped_rank_is_named_and_does_no_harm_when_it_wakes(start: Callable[
     assert group.ended() == ended
 
 
+def test_what_comes_back_after_the_verdict_does_not_answer(tmp_path: Path) -> None:
+    """Others' stacks are there, but so is the verdict: half a floor of silence on the way out is no hang."""
+    (tmp_path / "stacks-0000.txt").write_text("rank 0 after 50 samples waits in sum_across\n")
+    (tmp_path / "ended.json").write_text("{}")
+    script = f"""
+import time
+from pathlib import Path
+from longclip.train.watch import STARTING_BEATS, Watch, Who
+with Watch(Path({str(tmp_path)!r}), 1, [Who(0, "n1", 1), Who.here(1)], {FLOOR}, print) as watch:
+    for beat in range(STARTING_BEATS + 1):
+        watch.beat(beat)
+        time.sleep(0.2)
+    time.sleep(0.8 * {FLOOR})
+    raise SystemExit(3)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=PATIENCE).returncode == 3
+    assert not (tmp_path / "stacks-0001.txt").exists()
+
+
 def test_rank_0_may_be_the_one(start: Callable[..., Group]) -> None:
     group = start(2)
     group.under_way()
