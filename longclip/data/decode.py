@@ -45,7 +45,8 @@ def square(data: bytes, form: Pixels, crop: tuple[float, ...] | None) -> NDArray
             if factor > 1:
                 # Image.draft takes the largest reduction that leaves at least this: exactly `factor`.
                 opened.draft(None, (opened.width // factor, opened.height // factor))
-            image = opened.convert("RGB")
+            opened.load()
+            image = opened if opened.mode == "RGB" else opened.convert("RGB")  # which would copy it
     except MemoryError:
         raise
     except UnidentifiedImageError:  # whose message holds an address in memory

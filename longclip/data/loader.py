@@ -92,7 +92,7 @@ class Reader:
     ) -> Batch:
         """The batch of samples at ``(shard, index)``: without a draw as evaluation sees them, else as training does,
         ``crop`` being the least and largest area of the random crop."""
-        images = np.zeros((len(places), self.pixels.size, self.pixels.size, 3), dtype=np.uint8)
+        images = np.empty((len(places), self.pixels.size, self.pixels.size, 3), dtype=np.uint8)
         texts, bad, valid = [""] * len(places), [], torch.ones(len(places), dtype=torch.bool)
         for i, ((shard, index), draw) in enumerate(zip(places, draws, strict=True)):
             sample = self._read(shard, index)
@@ -101,8 +101,7 @@ class Reader:
                 drawn = None if draw is None else (*crop, *draw.uniforms(4, "crop").tolist())
                 images[i] = square(sample.image, self.pixels, drawn)
             except ValueError as error:
-                texts[i] = ""
-                valid[i] = False
+                texts[i], images[i], valid[i] = "", 0, False
                 bad.append(f"{sample.key}: {error}")
         ids, lengths = self.tokenizer(texts)
         kept = sum(map(len, ids))

@@ -8,7 +8,8 @@ Three ways through the same shards of 640x480 JPEGs to batches of 224 px, normal
   by itself, as its README describes training on WebDataset shards.
 
 Each way reads all samples once, worker processes being started within the time; the ways take turns, and medians over
-the repeats are compared. Everything lies in the page cache, and nothing is shuffled in the webdataset pipelines: their
+the repeats are compared. The main process computes on one thread, as a rank of one CPU does: more would spin against
+the workers, in every way. Everything lies in the page cache, and nothing is shuffled in the webdataset pipelines: their
 best case. Then the first batch of a run that resumes, from a virtual index: one shard, linked under many names.
 """
 
@@ -208,6 +209,7 @@ def main() -> None:
     parser.add_argument("--per-shard", type=int, default=10_000)
     parser.add_argument("--resume-at", type=int, default=10_000_000)
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     import webdataset
 
     versions = (
@@ -229,7 +231,7 @@ def main() -> None:
         draw_shards(root / "set", asked.samples, pictures)
         print(
             f"{asked.samples:,} samples of 640x480 JPEG ({np.mean([len(p) for p in pictures]) / 1000:.0f} kB) and "
-            f"{len(tokenizer([CAPTION])[0][0])} tokens, batches of {BATCH}, {asked.workers} workers, "
+            f"{len(tokenizer([CAPTION])[0][0])} tokens, batches of {BATCH}, {asked.workers} workers, one thread each, "
             f"median of {asked.repeats} passes [range]:"
         )
         ways = {"longclip": ours, "webdataset, same decode": same_decode, "open_clip's recipe": recipe}
