@@ -46,7 +46,7 @@ def square(data: bytes, form: Pixels, crop: tuple[float, ...] | None) -> NDArray
                 # Image.draft takes the largest reduction that leaves at least this: exactly `factor`.
                 opened.draft(None, (opened.width // factor, opened.height // factor))
             opened.load()
-            image = opened if opened.mode == "RGB" else opened.convert("RGB")  # which would copy it
+            image = opened if opened.mode == "RGB" else opened.convert("RGB")  # convert copies even RGB
     except MemoryError:
         raise
     except UnidentifiedImageError:  # whose message holds an address in memory
