@@ -1,8 +1,9 @@
 """How fast training data is read: python tools/bench/loader.py [--samples N] [--workers N]
 
-Three ways through the same shards of 640x480 JPEGs to batches of 224 px, normalised fp32, with tokenized captions:
+Ways through the same shards of 640x480 JPEGs to batches of 224 px, normalised fp32, with tokenized captions:
 
-- longclip: the training loader as a run uses it;
+- longclip: the training loader as a run on CPUs uses it, whose main process normalises;
+- longclip, for a GPU: the same up to the bytes that a run on GPUs sends there, where they are normalised;
 - webdataset: webdataset's own pipeline, with longclip's decode, crop, tokenizer and normalisation;
 - open_clip's recipe: webdataset, Pillow's full decode, RandomResizedCrop (bicubic), ToTensor, Normalize, each sample
   by itself, as its README describes training on WebDataset shards.
@@ -78,15 +79,15 @@ def draw_shards(folder: Path, samples: int, pictures: list[bytes]) -> None:
     index_folder(folder)
 
 
-# ---- the three ways ----------------------------------------------------------------------------------------------
+# ---- the ways ----------------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, tokenizer: Tokenizer, workers: int) -> Iterator[int]:
+def ours(folder: Path, tokenizer: Tokenizer, workers: int, normalise: bool = True) -> Iterator[int]:
     dataset = open_dataset(folder)
     reader = Reader(dataset, tokenizer, FORM, Text("txt"))
     steps = range(len(dataset) // BATCH)
     for batch in training_batches(reader, Mixture([dataset.sizes], 0), CROP, BATCH, steps, 0, 1, workers):
-        yield len(batch.images(CPU))
+        yield len(batch.images(CPU) if normalise else batch.pixels)
 
 
 def same_decode(folder: Path, tokenizer: Tokenizer, workers: int) -> Iterator[int]:
@@ -234,16 +235,22 @@ def main() -> None:
             f"{len(tokenizer([CAPTION])[0][0])} tokens, batches of {BATCH}, {asked.workers} workers, one thread each, "
             f"median of {asked.repeats} passes [range]:"
         )
-        ways = {"longclip": ours, "webdataset, same decode": same_decode, "open_clip's recipe": recipe}
+        ways = {
+            "longclip": ours,
+            "longclip, for a GPU": partial(ours, normalise=False),
+            "webdataset, same decode": same_decode,
+            "open_clip's recipe": recipe,
+        }
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(asked.repeats):
             for name, way in ways.items():
                 rates[name].append(rate(way, root / "set", tokenizer, asked.workers))
-        ours_median = statistics.median(rates["longclip"])
+        on_cpu, for_gpu = (statistics.median(rates[name]) for name in ("longclip", "longclip, for a GPU"))
         for name, found in rates.items():
             middle = statistics.median(found)
             spread = f"[{min(found):.0f}, {max(found):.0f}]"
-            print(f"  {name:24}{middle:8.0f} samples/s {spread:14} longclip is {ours_median / middle:.2f}x")
+            ratios = f"longclip is {on_cpu / middle:.2f}x, for a GPU {for_gpu / middle:.2f}x"
+            print(f"  {name:24}{middle:8.0f} samples/s {spread:14} {ratios}")
 
         virtual(root / "virtual", asked.shards, asked.per_shard)
         total = asked.shards * asked.per_shard
