@@ -235,7 +235,7 @@ def main() -> None:
             f"{len(tokenizer([CAPTION])[0][0])} tokens, batches of {BATCH}, {asked.workers} workers, one thread each, "
             f"median of {asked.repeats} passes [range]:"
         )
-        ways = {
+        ways: dict[str, Callable[[Path, Tokenizer, int], Iterator[int]]] = {
             "longclip": ours,
             "longclip, for a GPU": partial(ours, normalise=False),
             "webdataset, same decode": same_decode,
