@@ -43,6 +43,7 @@ from longclip.model.towers import TextEncoder
 PUBLISHED = {77: 0.55, 512: 0.022}
 """window -> share of tokens cut off"""
 KEEP = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
+"""blocks up to 16 GiB come from the heap, which is not shrunk before as much is free"""
 VOCABULARY = 1000
 """small: looking tokens up is no matrix product, and is not what is measured"""
 
