@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longclip.errors import LongclipError, UserError
 from longclip.experiment.load import load
-from longclip.launch.caches import leave_home_alone
+from longclip.launch.environment import before_torch
 from longclip.launch.plan import plan as plan_all
 from longclip.launch.plan import problems
 from longclip.launch.site import Site
@@ -24,7 +24,7 @@ def train_here(file: Path, overrides: list[str], site: Site) -> str:
     Raises:
         UserError: the file is a sweep, or its run is finished, queued or running.
     """
-    leave_home_alone()
+    before_torch(offline=False)
     from longclip.train import ranks as processes
 
     stop_at_step_boundary(with_ctrl_c=True)

@@ -22,6 +22,7 @@ import submitit
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.schema import Slurm
 from longclip.launch import evaluator
+from longclip.launch.environment import before_torch
 from longclip.launch.evaluation import Unit
 from longclip.launch.job import child_environment, resources, worker_env
 from longclip.launch.scheduler import array_tasks, have_slurm
@@ -54,7 +55,7 @@ def prepare(units: Sequence[Unit]) -> None:
 
 def here(decide: Callable[[], list[Unit]]) -> list[Unit]:
     """In this process, or on the ranks that torchrun made: scores what rank 0 decides on. All units that it did."""
-    evaluator.quiet()
+    before_torch()
     from longclip.train import ranks as processes
 
     ranks = processes.start()

@@ -7,7 +7,6 @@ A unit is one state of a model with the suites that it has no record on, as ``<w
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from longclip.errors import LongclipError, UserError
 from longclip.evaluate.conventions import lines
 from longclip.evaluate.suite import Resolved
 from longclip.experiment.schema import Model
-from longclip.launch.caches import leave_home_alone
+from longclip.launch.environment import before_torch
 from longclip.launch.worker import set_ranks
 from longclip.run import evaluations
 from longclip.run.checkpoints import WEIGHTS
@@ -34,7 +33,7 @@ def run(work: str, keys: Sequence[str]) -> None:
     Raises what went wrong, after leaving a LongclipError's words in ``<work>/failed/``.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # submitit ignores it; there is nothing to save
-    quiet()
+    before_torch()
     set_ranks(Path(work), "evaluate")
     from longclip.train import ranks as processes
 
@@ -49,13 +48,6 @@ def run(work: str, keys: Sequence[str]) -> None:
             write_json(folder / f"{key}.json", {"message": error.message, "hint": error.hint, "code": error.exit_code})
             raise
     processes.stop()
-
-
-def quiet() -> None:
-    """What every worker sees to before torch is imported."""
-    leave_home_alone()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def score_unit(unit: dict[str, Any], ranks: Ranks) -> Iterator[str]:

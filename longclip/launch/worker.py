@@ -23,7 +23,7 @@ from longclip.errors import LongclipError, SiteError, UserError
 from longclip.evaluate.suite import Resolved
 from longclip.experiment.schema import Experiment, parse_time
 from longclip.launch import restart
-from longclip.launch.caches import leave_home_alone
+from longclip.launch.environment import before_torch
 from longclip.launch.node import Needs
 from longclip.launch.preflight import NodeFault, excluded, preflight
 from longclip.launch.snapshot import OtherCode, check_imported, code_hash
@@ -72,9 +72,7 @@ def run(folder: str, number: int) -> str:
     global _attempt, _seen
     _attempt, _seen = None, 0  # the debug executor runs one after the other in one process
     stop_at_step_boundary()
-    leave_home_alone()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    before_torch()
     record = RunFolder(Path(folder))
     try:
         set_ranks(record.attempts, f"{number:04d}")

@@ -50,9 +50,9 @@ def test_home_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ho
     assert place.exists() is (home != "absent") and (home == "absent" or not list(place.iterdir()))
 
 
-def caches(tmp_path: Path, more: str = "", **env: str) -> str:
-    """What a worker of this temporary folder prints of its caches."""
-    program = f"import os\nfrom longclip.launch.caches import leave_home_alone\nleave_home_alone()\n{more}"
+def worker(tmp_path: Path, more: str = "", **env: str) -> str:
+    """What ``more`` prints in a worker of this temporary folder."""
+    program = f"import os\nfrom longclip.launch.environment import before_torch\nbefore_torch()\n{more}"
     plain = {k: v for k, v in os.environ.items() if k not in CACHES}
     command = [sys.executable, "-c", program]
     return subprocess.run(
@@ -63,11 +63,11 @@ def caches(tmp_path: Path, more: str = "", **env: str) -> str:
 def test_compiled_code_goes_to_the_node(tmp_path: Path) -> None:
     """DeepSpeed's optimizers are compiled where torch puts extensions."""
     where = "from torch.utils.cpp_extension import get_default_build_root as root\nprint(root())"
-    assert Path(caches(tmp_path, where)).is_relative_to(tmp_path / f"longclip-{os.getuid()}")
+    assert Path(worker(tmp_path, where)).is_relative_to(tmp_path / f"longclip-{os.getuid()}")
 
 
 def test_the_user_s_word_stands(tmp_path: Path) -> None:
-    assert caches(tmp_path, "print(os.environ['TRITON_CACHE_DIR'])", TRITON_CACHE_DIR="/mine") == "/mine"
+    assert worker(tmp_path, "print(os.environ['TRITON_CACHE_DIR'])", TRITON_CACHE_DIR="/mine") == "/mine"
 
 
 def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
@@ -75,5 +75,18 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
     planted = tmp_path / f"longclip-{os.getuid()}"
     planted.mkdir()
     planted.chmod(0o777)
-    used = Path(caches(tmp_path, "print(os.environ['TRITON_CACHE_DIR'])")).parent
+    used = Path(worker(tmp_path, "print(os.environ['TRITON_CACHE_DIR'])")).parent
     assert used != planted and used.stat().st_mode & 0o077 == 0
+
+
+def test_large_tensors_lie_on_huge_pages(tmp_path: Path) -> None:
+    """Of 64 MiB at least half, where the kernel has huge pages at all; none, where the user does not want any."""
+    settings = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not settings.exists() or "[never]" in settings.read_text():
+        pytest.skip("this kernel gives no transparent huge pages")
+    held = """import torch
+held = torch.zeros(2**24)
+print(*(line.split()[1] for line in open('/proc/self/smaps_rollup') if line.startswith('AnonHugePages')))"""
+    assert int(worker(tmp_path, held)) >= 32 * 1024
+    if "[madvise]" in settings.read_text():
+        assert int(worker(tmp_path, held, THP_MEM_ALLOC_ENABLE="0")) < 32 * 1024
