@@ -14,9 +14,8 @@ Lengths are quantiles, evenly spaced, of the lognormal that wastes 55 % of the t
 published figures (arXiv 2510.03978), cut to the window: so few captions, drawn, would waste anything. Medians and
 ratios are printed, with the machine and the method.
 
-glibc gives large tensors back to the kernel, which clears every page anew at the next step; on a small virtual machine
-that can take as long as all norms and activations together. It is no work of any of the ways, so the script starts
-itself again with malloc told to keep what it has (GLIBC_TUNABLES), unless that variable is set already.
+All ways have the environment of longclip's workers, which asks for huge pages for large tensors: clearing small ones
+can take a third of a step on a CPU, and is no work of any of the ways.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import math
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,13 +35,12 @@ from torch.nn import functional as F
 
 from longclip.data.tokens import waste
 from longclip.experiment.schema import TextTower
+from longclip.launch.environment import LIBRARIES
 from longclip.model.packing import Packed, pack
 from longclip.model.towers import TextEncoder
 
 PUBLISHED = {77: 0.55, 512: 0.022}
 """window -> share of tokens cut off"""
-KEEP = "glibc.malloc.mmap_threshold=17179869184:glibc.malloc.trim_threshold=17179869184"
-"""blocks up to 16 GiB come from the heap, which is not shrunk before as much is free"""
 VOCABULARY = 1000
 """small: looking tokens up is no matrix product, and is not what is measured"""
 
@@ -140,8 +137,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of which the medians are (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
     asked = parser.parse_args()
-    if "GLIBC_TUNABLES" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "GLIBC_TUNABLES": KEEP})
+    os.environ.update({**LIBRARIES, **os.environ})  # before torch's first tensor
     torch.set_num_threads(asked.threads)
 
     mu, sigma = lognormal()
@@ -170,7 +166,7 @@ def main() -> None:
 
     print(f"text tower, forward + backward, fp32, {asked.threads} thread(s); torch {torch.__version__}")
     print(f"machine: {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end")
-    print(f"malloc: {os.environ['GLIBC_TUNABLES'] or 'as glibc has it'}")
+    print(f"huge pages for tensors: {'yes' if os.environ['THP_MEM_ALLOC_ENABLE'] == '1' else 'no'}")
     print(f"ModernBERT shape: width {asked.width}, MLPs {asked.inner}, {asked.layers} layers, window {asked.window}")
     print(
         f"{asked.captions} captions, lognormal(mu {mu:.3f}, sigma {sigma:.3f}), mean {tokens / asked.captions:.0f} "
