@@ -1,8 +1,9 @@
 """From positions to a rank's batch: read, decode, crop, tokenize.
 
 A batch belongs to a step, a step to positions, and every draw for a sample to (seed, epoch, sample); worker processes
-only do the work. Pixels travel as bytes and are normalised where they are used. A sample that cannot be decoded keeps
-its place and is masked; a disk that cannot be read is tried again, then fails.
+only do the work. Which rank takes which samples of a global batch goes by the length of their texts. Pixels travel as
+bytes and are normalised where they are used. A sample that cannot be decoded keeps its place and is masked; a disk that
+cannot be read is tried again, then fails.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -108,6 +111,15 @@ class Reader:
         cut_off = sum(lengths) - kept
         return Batch(torch.from_numpy(images), self.pixels, pack(ids), valid, tuple(bad), kept, cut_off, tuple(lengths))
 
+    def text_bytes(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What the index knows of the length of the texts at ``(shard, index)``, [n, 2]: bytes, fields and all."""
+        fields = self.text.names != ("txt",)
+        found = np.empty(len(places), dtype=np.int64)
+        for shard in np.unique(places[:, 0]).tolist():
+            here = places[:, 0] == shard
+            found[here] = patiently(partial(self.dataset.text_bytes, shard, places[here, 1], fields))
+        return found
+
     def _read(self, shard: int, index: int) -> Sample:
         return patiently(lambda: self.dataset.read(shard, index))
 
@@ -129,13 +141,23 @@ class _Steps(TorchDataset[Batch]):
         self, reader: Reader, order: Order | Mixture, crop: tuple[float, float], batch: int, rank: int, ranks: int
     ) -> None:
         self.reader, self.order, self.crop, self.seed = reader, order, crop, int(order.seed)
-        self.batch, self.rank, self.share = batch, rank, batch // ranks
+        self.batch, self.rank, self.ranks = batch, rank, ranks
 
     def __getitem__(self, step: int) -> Batch:
-        first = step * self.batch + self.rank * self.share
-        located = [self.order.locate(position) for position in range(first, first + self.share)]
-        draws = [Draw(self.seed, epoch, shard, index) for epoch, shard, index in located]
+        located = self.order.locate(np.arange(step * self.batch, (step + 1) * self.batch))
+        mine = deal(self.reader.text_bytes(located[:, 1:]), self.ranks)[self.rank]
+        draws = [Draw(self.seed, epoch, shard, index) for epoch, shard, index in located[mine].tolist()]
         return self.reader.batch([(draw.shard, draw.index) for draw in draws], draws, self.crop)
+
+
+def deal(lengths: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
+    """Which places of a global batch each rank takes, [ranks, b], ascending; ``ranks`` divides the batch.
+
+    From the shortest text to the longest, to and fro: all ranks wait for the one with the most tokens.
+    """
+    rows = np.argsort(lengths, kind="stable").reshape(-1, ranks)
+    rows[1::2] = rows[1::2, ::-1]
+    return np.sort(rows.T, axis=1)
 
 
 def training_batches(

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -299,6 +300,11 @@ class Dataset:
         """
         key, text, fields = self.fields_and_text(shard, index)
         return Sample(key=key, image=self._shard(shard, index).member(index, 0), text=text, fields=fields)
+
+    def text_bytes(self, shard: int, indices: NDArray[np.int64], fields: bool) -> NDArray[np.int64]:
+        """Bytes of the text members of a shard's samples, or of their json members; by the index alone."""
+        members = self._shard(shard, int(indices.max())).members
+        return np.asarray(members[indices, 5 if fields else 3])
 
     def fields_and_text(self, shard: int, index: int) -> tuple[str, str, dict[str, Any]]:
         """Key, text and json member, without reading the image. Raises as :meth:`read`."""

@@ -8,6 +8,9 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from longclip.data.shards import Dataset, Sample
 
 
@@ -37,6 +40,11 @@ class Sources:
         """As :meth:`Dataset.read`."""
         part, shard = self._part(shard)
         return part.read(shard, index)
+
+    def text_bytes(self, shard: int, indices: NDArray[np.int64], fields: bool) -> NDArray[np.int64]:
+        """As :meth:`Dataset.text_bytes`."""
+        part, shard = self._part(shard)
+        return part.text_bytes(shard, indices, fields)
 
     def fields_and_text(self, shard: int, index: int) -> tuple[str, str, dict[str, Any]]:
         """As :meth:`Dataset.fields_and_text`."""

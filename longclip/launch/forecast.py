@@ -105,8 +105,7 @@ def _measured(folders: tuple[str, ...], weights: tuple[float, ...], text: Text, 
     if len(dataset) > CAPTIONS:
         positions = sorted((uniforms(CAPTIONS, seed, "estimate") * len(dataset)).astype(int).tolist())
     texts, without = [], 0
-    for position in positions:
-        epoch, shard, index = order.locate(position)
+    for epoch, shard, index in order.locate(positions).tolist():
         _, txt, fields = dataset.fields_and_text(shard, index)
         try:
             texts.append(text(txt, fields, Draw(seed, epoch, shard, index)))

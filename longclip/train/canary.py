@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longclip.data.loader import Reader, training_batches
-from longclip.data.order import Order
+from longclip.data.order import Order, Positions
 from longclip.data.shards import Dataset
 from longclip.data.sources import Sources
 from longclip.data.text import render
@@ -93,7 +94,7 @@ def canary(job: Job, ranks: Ranks) -> None:
 
 
 def longest(job: Job, reader: Reader, ranks: Ranks) -> list[tuple[int, int]]:
-    """``(shard, index)`` of the longest captions, a global batch of them, longest first: rank 0 gets the worst.
+    """``(shard, index)`` of the longest captions, a global batch of them, longest first.
 
     Of CAPTIONS that lie evenly over the dataset; to know their lengths they must be tokenized. Collective.
     """
@@ -124,5 +125,5 @@ class _Longest(Order):
         super().__init__(dataset.sizes, 0)
         self.places = places
 
-    def locate(self, position: int) -> tuple[int, int, int]:
-        return (0, *self.places[position % len(self.places)])
+    def locate(self, positions: Positions) -> NDArray[np.int64]:
+        return np.array([(0, *self.places[position % len(self.places)]) for position in positions])

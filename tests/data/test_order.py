@@ -18,7 +18,7 @@ sizes = st.lists(st.integers(min_value=0, max_value=40), min_size=1, max_size=40
 def test_each_epoch_is_the_multiset_of_the_index(sizes: list[int], seed: int, block: int, epoch: int) -> None:
     order = Order(sizes, seed, block)
     start = epoch * len(order)
-    located = [order.locate(p) for p in range(start, start + len(order))]
+    located = order.locate(range(start, start + len(order))).tolist()
     assert {e for e, _, _ in located} == {epoch}
     everything = Counter((shard, i) for shard, size in enumerate(sizes) for i in range(size))
     assert Counter((shard, i) for _, shard, i in located) == everything
@@ -29,7 +29,7 @@ def test_each_epoch_is_the_multiset_of_the_index(sizes: list[int], seed: int, bl
 def test_a_block_reads_from_few_shards(sizes: list[int], seed: int, block: int) -> None:
     """Within any stretch of the order between block boundaries, at most ``block`` shards are open."""
     order = Order(sizes, seed, block)
-    shards = [order.locate(p)[1] for p in range(len(order))]
+    shards = order.locate(range(len(order)))[:, 1].tolist()
     first_seen = {s: shards.index(s) for s in set(shards)}
     last_seen = {s: len(shards) - 1 - shards[::-1].index(s) for s in set(shards)}
     for p in range(len(order)):
@@ -38,24 +38,24 @@ def test_a_block_reads_from_few_shards(sizes: list[int], seed: int, block: int) 
 
 def test_asking_out_of_order_changes_nothing() -> None:
     order = Order([30, 0, 50, 7, 90], 3, 2)
-    forwards = [order.locate(p) for p in range(400)]
+    forwards = order.locate(range(400)).tolist()
     again = pickle.loads(pickle.dumps(order))
-    assert [again.locate(p) for p in reversed(range(400))] == forwards[::-1]
+    assert [again.locate([p]).tolist()[0] for p in reversed(range(400))] == forwards[::-1]
 
 
 def test_epochs_and_seeds_differ() -> None:
     order = Order([500, 500], 0)
-    first = [order.locate(p)[1:] for p in range(1000)]
-    assert first != [order.locate(p)[1:] for p in range(1000, 2000)]
-    assert first != [Order([500, 500], 1).locate(p)[1:] for p in range(1000)]
+    first = order.locate(range(1000))[:, 1:].tolist()
+    assert first != order.locate(range(1000, 2000))[:, 1:].tolist()
+    assert first != Order([500, 500], 1).locate(range(1000))[:, 1:].tolist()
 
 
 def test_far_positions_cost_what_near_ones_do() -> None:
     """A resume at sample ten million of 24 million is one permutation of a block, not a replay."""
     order = Order([10_000] * 2400, 0)
-    epoch, shard, index = order.locate(10_000_000)
+    ((epoch, shard, index),) = order.locate([10_000_000]).tolist()
     assert epoch == 0 and 0 <= shard < 2400 and 0 <= index < 10_000
-    assert order.locate(3 * len(order) + 5)[0] == 3
+    assert order.locate([3 * len(order) + 5])[0, 0] == 3
 
 
 def test_draws_are_pinned() -> None:
@@ -85,8 +85,7 @@ def test_each_source_keeps_its_own_epochs(sources: list[tuple[list[int], float]]
     mixture = Mixture(sizes, seed, weights, block=2)
     shards = [(i, shard) for i, own in enumerate(sizes) for shard in range(len(own))]
     given: dict[int, list[tuple[int, int, int]]] = {i: [] for i in range(len(sizes))}
-    for position in range(3 * max(map(sum, sizes)) * len(sizes)):
-        epoch, shard, index = mixture.locate(position)
+    for epoch, shard, index in mixture.locate(range(3 * max(map(sum, sizes)) * len(sizes))).tolist():
         given[shards[shard][0]].append((epoch, shards[shard][1], index))
     for i, own in enumerate(sizes):
         everything = Counter((shard, k) for shard, size in enumerate(own) for k in range(size))
@@ -95,7 +94,8 @@ def test_each_source_keeps_its_own_epochs(sources: list[tuple[list[int], float]]
             assert {e for e, _, _ in once} == {epoch}
             assert Counter((shard, k) for _, shard, k in once) == everything
     again = pickle.loads(pickle.dumps(mixture))
-    assert [again.locate(p) for p in range(start, start + 20)] == [mixture.locate(p) for p in range(start, start + 20)]
+    each = [mixture.locate([p]).tolist()[0] for p in range(start, start + 20)]
+    assert again.locate(range(start, start + 20)).tolist() == each
 
 
 @settings(max_examples=40, deadline=None)
@@ -104,7 +104,7 @@ def test_any_stretch_holds_its_share_of_every_source(weights: list[float], start
     """To within two samples for each of the sources, and one in PERIOD for the rounding of the weights."""
     mixture = Mixture([[7]] * len(weights), 0, weights)
     assert int(mixture.counts.sum()) == PERIOD
-    found = Counter(mixture.locate(p)[1] for p in range(start, start + length))
+    found = Counter(mixture.locate(range(start, start + length))[:, 1].tolist())
     for source, weight in enumerate(weights):
         share = weight / sum(weights) * length
         assert abs(found[source] - share) <= 2 * len(weights) + length / PERIOD
@@ -113,12 +113,12 @@ def test_any_stretch_holds_its_share_of_every_source(weights: list[float], start
 def test_one_source_is_ordered_as_without_a_mixture() -> None:
     order, mixture = Order([30, 0, 50, 7, 90], 3, 2), Mixture([[30, 0, 50, 7, 90]], 3, block=2)
     positions = [*range(400), 10**7, 10**12 + 5]
-    assert [mixture.locate(p) for p in positions] == [order.locate(p) for p in positions]
+    assert mixture.locate(positions).tolist() == order.locate(positions).tolist()
 
 
 def test_sources_of_one_size_are_not_in_step() -> None:
     mixture = Mixture([[200], [200]], 0, [1, 1])
-    located = [mixture.locate(p) for p in range(400)]
+    located = mixture.locate(range(400)).tolist()
     first, second = ([index for _, shard, index in located if shard == s] for s in (0, 1))
     assert sorted(first) == sorted(second) and first != second
 
@@ -127,7 +127,7 @@ def test_the_schedule_is_pinned() -> None:
     """A run under way would see other data if it changed."""
     mixture = Mixture([[5], [5], [5]], 0, [3, 1, 2])
     assert mixture.counts.tolist() == [5000, 1667, 3333]
-    assert "".join("abc"[mixture.locate(p)[1]] for p in range(12)) == PINNED_SCHEDULE
+    assert "".join("abc"[shard] for shard in mixture.locate(range(12))[:, 1]) == PINNED_SCHEDULE
 
 
 PINNED_PERMUTATION = [2, 6, 7, 5, 4, 3, 0, 1]
