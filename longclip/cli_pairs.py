@@ -125,7 +125,7 @@ def longcap_build(
     """Build shards of image-text pairs with long captions from articles. The same command goes on after a stop."""
     from pydantic import ValidationError
 
-    from longclip.experiment.schema import parse_time
+    from longclip.experiment.durations import parse_time
     from longclip.launch.site import find_site
     from longclip.longcap.command import build
     from longclip.longcap.options import Options, license_names, mistake

@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from longclip.errors import LongclipError
-from longclip.experiment.schema import Experiment, time_warning
+from longclip.experiment.durations import time_warning
+from longclip.experiment.schema import Experiment
 from longclip.launch.status import CONTINUES, UNDER_WAY, Status, statuses
 from longclip.run.folder import RunFolder
 

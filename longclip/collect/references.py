@@ -17,7 +17,7 @@ from pydantic import Field
 
 from longclip.errors import UserError
 from longclip.experiment.load import REFERENCES, read_as
-from longclip.experiment.schema import Section
+from longclip.experiment.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from longclip.data.order import Draw
 from longclip.data.sentences import sentences
-from longclip.experiment.schema import Data, template
+from longclip.experiment.schema import Data
+from longclip.experiment.template import template
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from longclip.experiment.schema import Section, bad
+from longclip.experiment.section import Section, bad
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 

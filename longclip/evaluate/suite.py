@@ -24,7 +24,8 @@ from longclip.errors import UserError
 from longclip.evaluate.classes import Classification
 from longclip.evaluate.conventions import Convention
 from longclip.experiment.load import read_as
-from longclip.experiment.schema import Section, bad, template
+from longclip.experiment.section import Section, bad
+from longclip.experiment.template import template
 
 VERSION = 1
 """counts the changes of code after which the same suite gives other figures: part of its hash"""

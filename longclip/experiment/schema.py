@@ -7,15 +7,14 @@ changed while a run is under way, and the run continues.
 
 from __future__ import annotations
 
-import re
-from functools import lru_cache
-from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from longclip.experiment import kinds
+from longclip.experiment.durations import parse_interval, parse_time
+from longclip.experiment.section import Section, bad
+from longclip.experiment.template import template
 
 IDENTITY = ("model", "data", "train")
 """Sections that decide the weights."""
@@ -36,17 +35,6 @@ DEEPSPEED_OURS = {
     "activation_checkpointing": "engine.activation_checkpointing",
 }
 """Keys of a DeepSpeed configuration that experiment fields already decide."""
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values are not coerced, nothing changes after reading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-
-def bad(key: str, message: str) -> PydanticCustomError:
-    """An error that names the key at fault, relative to the section whose validator raises it."""
-    return PydanticCustomError("longclip", "{message}", {"key": key, "message": message})
 
 
 Pair = Annotated[tuple[float, float], Field(strict=False)]
@@ -224,26 +212,6 @@ class Data(Section):
         if isinstance(self.text, str):
             _check_template("text", self.text)
         return self
-
-
-@lru_cache
-def template(text: str) -> tuple[tuple[str, str], ...]:
-    """Literals, each with the name of the field that follows it (empty after the last).
-
-    ``"{txt} See: {a}."`` -> ``(("", "txt"), (" See: ", "a"), (".", ""))``; a text without braces is one name. ``{{``
-    stands for a brace, as in Python. Raises ValueError saying what is wrong.
-    """
-    if "{" not in text and "}" not in text:
-        pieces = [("", text)]
-    else:
-        pieces = []
-        for literal, name, form, conversion in Formatter().parse(text):
-            if form or conversion or name == "":
-                raise ValueError("between braces stands the name of a field and nothing else")
-            pieces.append((literal, name or ""))
-    if not any(name for _, name in pieces):
-        raise ValueError("names no field")
-    return tuple(pieces)
 
 
 def _check_template(key: str, text: str) -> None:
@@ -429,49 +397,3 @@ def check_batch(experiment: Experiment, ranks: int) -> int:
             f"nearest that do: {', '.join(str(n) for n in sorted({below, above}))}; or auto, all {share} at once",
         )
     return share
-
-
-_INTERVAL = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(min|minutes?|epochs?|samples?|steps?)\s*$")
-
-
-def parse_interval(text: str, key: str, units: tuple[str, ...]) -> tuple[float, str]:
-    """``"15min"`` -> ``(15.0, "min")``; units are min, epoch, samples, steps."""
-    match = _INTERVAL.match(text)
-    if match:
-        number = float(match[1])
-        unit = next(u for u in ("min", "epoch", "samples", "steps") if u.startswith(match[2].rstrip("s")[:3]))
-        if unit in units and number > 0:
-            return number, unit
-    raise bad(key, f"is {text!r}; valid is a number with one of {', '.join(units)}, such as '1 {units[0]}'")
-
-
-_TIME = re.compile(r"^(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?$")
-
-
-def parse_time(text: str) -> int:
-    """Minutes of a Slurm time limit, rounded up.
-
-    Forms are those of sbatch(1): ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``,
-    ``days-hours:minutes``, ``days-hours:minutes:seconds``. So ``24:00`` is 24 minutes, not a day.
-    """
-    match = _TIME.match(text.strip())
-    if not match:
-        raise bad("time", f"is {text!r}; valid is hours:minutes:seconds or days-hours, such as '04:00:00' or '1-12'")
-    days, *rest = match.groups()
-    a, b, c = (None if g is None else int(g) for g in rest)
-    if days is not None:
-        seconds = int(days) * 86400 + (a or 0) * 3600 + (b or 0) * 60 + (c or 0)
-    elif c is not None:
-        seconds = (a or 0) * 3600 + (b or 0) * 60 + c
-    else:
-        seconds = (a or 0) * 60 + (b or 0)
-    if seconds <= 0:
-        raise bad("time", f"is {text!r}, which is no time at all")
-    return -(-seconds // 60)
-
-
-def time_warning(text: str) -> str | None:
-    """What Slurm takes ``24:00`` for, where hours were probably meant; None for any other form."""
-    if re.fullmatch(r"\d+:\d+", text.strip()) is None:
-        return None
-    return f"slurm.time: {text!r} is {parse_time(text)} minutes to Slurm; in hours it is '{text.strip()}:00'"

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from longclip.experiment.durations import parse_time
 from longclip.experiment.identity import flatten, uid
-from longclip.experiment.schema import parse_time
 from longclip.launch.site import Site
 from longclip.launch.snapshot import Snapshot
 from longclip.launch.status import statuses

@@ -17,7 +17,8 @@ from typing import Any
 import submitit
 
 from longclip.errors import SiteError
-from longclip.experiment.schema import Experiment, Slurm, parse_time
+from longclip.experiment.durations import parse_time
+from longclip.experiment.schema import Experiment, Slurm
 from longclip.launch import restart, worker
 from longclip.launch.environment import LIBRARIES
 from longclip.launch.plan import Plan

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longclip.errors import UserError
 from longclip.experiment.load import SECRET, read_as
-from longclip.experiment.schema import bad
+from longclip.experiment.section import bad
 
 SBATCH_OURS = {
     "job-name": "the run's name",

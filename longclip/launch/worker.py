@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from longclip import __version__
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.evaluate.suite import Resolved
-from longclip.experiment.schema import Experiment, parse_time
+from longclip.experiment.durations import parse_time
+from longclip.experiment.schema import Experiment
 from longclip.launch import restart
 from longclip.launch.environment import before_torch
 from longclip.launch.node import Needs

@@ -27,8 +27,9 @@ from longclip.data.tokens import Tokenizer
 from longclip.errors import LongclipError, UserError
 from longclip.evaluate.retrieval import evaluate
 from longclip.evaluate.suite import Resolved
+from longclip.experiment.durations import parse_interval
 from longclip.experiment.identity import train_sources
-from longclip.experiment.schema import Experiment, Model, parse_interval
+from longclip.experiment.schema import Experiment, Model
 from longclip.model.clip import DualEncoder, build
 from longclip.model.towers import pixels_of
 from longclip.run import checkpoints, lineage

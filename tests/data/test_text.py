@@ -9,7 +9,8 @@ import pytest
 from longclip.data.order import Draw
 from longclip.data.sentences import sentences
 from longclip.data.text import Text, render
-from longclip.experiment.schema import Data, template
+from longclip.experiment.schema import Data
+from longclip.experiment.template import template
 
 FIELDS = {
     "txt": "Figure 1:  a\nlesion.",

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from pydantic_core import PydanticCustomError
 
 from longclip.errors import ExperimentError
+from longclip.experiment.durations import parse_time
 from longclip.experiment.identity import differences, hash_folder, identity, references, uid
 from longclip.experiment.load import load
-from longclip.experiment.schema import Experiment, parse_time
+from longclip.experiment.schema import Experiment
 from longclip.experiment.sweep import short_name
 from tests.experiment.test_broken import GOOD
 
