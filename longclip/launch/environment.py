@@ -6,13 +6,6 @@ import os
 import tempfile
 from pathlib import Path
 
-LIBRARIES = {
-    "TOKENIZERS_PARALLELISM": "false",  # a loader's workers are forked, and are as many as there are CPUs
-    # torch asks for huge pages for its large tensors. glibc gives them back at every step and gets them back cleared;
-    # 4 KiB at a time, that can take a third of a step on a CPU.
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
-
 # On the node, not under $HOME, which may be read-only on compute nodes, full, or a shared disk that a thousand ranks
 # would write the same kernels to.
 _CACHES = {
@@ -28,9 +21,9 @@ def before_torch(offline: bool = True) -> None:
     What the user has set stays. ``offline`` keeps Hugging Face from asking its hub, which nodes seldom reach.
     """
     folder = _private(Path(tempfile.gettempdir()) / f"longclip-{os.getuid()}")
-    caches = {name: str(folder / place) for name, place in _CACHES.items()}
-    for name, value in {**caches, **LIBRARIES}.items():
-        os.environ.setdefault(name, value)
+    for name, place in _CACHES.items():
+        os.environ.setdefault(name, str(folder / place))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -20,7 +20,6 @@ from longclip.errors import SiteError
 from longclip.experiment.durations import parse_time
 from longclip.experiment.schema import Experiment, Slurm
 from longclip.launch import restart, worker
-from longclip.launch.environment import LIBRARIES
 from longclip.launch.plan import Plan
 from longclip.launch.preflight import excluded
 from longclip.launch.scheduler import have_slurm
@@ -114,7 +113,7 @@ def worker_env(cpus: int | None) -> dict[str, str]:
     """Environment of every worker: no hub, no stray imports, one thread a CPU."""
     return {
         "HF_HUB_OFFLINE": "1",
-        **LIBRARIES,
+        "TOKENIZERS_PARALLELISM": "false",
         "PYTHONSAFEPATH": "1",
         "OMP_NUM_THREADS": str(cpus or 1),
     }

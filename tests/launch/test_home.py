@@ -77,16 +77,3 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path) -> None:
     planted.chmod(0o777)
     used = Path(worker(tmp_path, "print(os.environ['TRITON_CACHE_DIR'])")).parent
     assert used != planted and used.stat().st_mode & 0o077 == 0
-
-
-def test_large_tensors_lie_on_huge_pages(tmp_path: Path) -> None:
-    """Of 64 MiB at least half, where the kernel has huge pages at all; none, where the user does not want any."""
-    settings = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not settings.exists() or "[never]" in settings.read_text():
-        pytest.skip("this kernel gives no transparent huge pages")
-    held = """import torch
-held = torch.zeros(2**24)
-print(*(line.split()[1] for line in open('/proc/self/smaps_rollup') if line.startswith('AnonHugePages')))"""
-    assert int(worker(tmp_path, held)) >= 32 * 1024
-    if "[madvise]" in settings.read_text():
-        assert int(worker(tmp_path, held, THP_MEM_ALLOC_ENABLE="0")) < 32 * 1024

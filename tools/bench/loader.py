@@ -10,9 +10,8 @@ Ways through the same shards of 640x480 JPEGs to batches of 224 px, normalised f
 
 Each way reads all samples once, worker processes being started within the time; the ways take turns, and medians over
 the repeats are compared. The main process computes on one thread, as a rank of one CPU does: more would spin against
-the workers, in every way; every way has the environment of longclip's workers. Everything lies in the page cache, and
-nothing is shuffled in the webdataset pipelines: their best case. Then the first batch of a run that resumes, from a
-virtual index: one shard, linked under many names.
+the workers, in every way. Everything lies in the page cache, and nothing is shuffled in the webdataset pipelines: their
+best case. Then the first batch of a run that resumes, from a virtual index: one shard, linked under many names.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ from longclip.data.shards import Index, Sample, open_dataset, write_shard
 from longclip.data.synthetic import train_tokenizer
 from longclip.data.text import Text
 from longclip.data.tokens import Tokenizer
-from longclip.launch.environment import LIBRARIES
 from longclip.model.packing import pack
 from longclip.model.towers import Pixels
 
@@ -212,7 +210,6 @@ def main() -> None:
     parser.add_argument("--per-shard", type=int, default=10_000)
     parser.add_argument("--resume-at", type=int, default=10_000_000)
     asked = parser.parse_args()
-    os.environ.update({**LIBRARIES, **os.environ})  # before torch's first tensor
     torch.set_num_threads(1)
     import webdataset
 

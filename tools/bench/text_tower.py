@@ -13,9 +13,6 @@ Ways, all with the same weights and captions, taken in turn so that a slow minut
 Lengths are quantiles, evenly spaced, of the lognormal that wastes 55 % of the tokens at 77 and 2.2 % at 512, the
 published figures (arXiv 2510.03978), cut to the window: so few captions, drawn, would waste anything. Medians and
 ratios are printed, with the machine and the method.
-
-All ways have the environment of longclip's workers, which asks for huge pages for large tensors: clearing small ones
-can take a third of a step on a CPU, and is no work of any of the ways.
 """
 
 from __future__ import annotations
@@ -35,7 +32,6 @@ from torch.nn import functional as F
 
 from longclip.data.tokens import waste
 from longclip.experiment.schema import TextTower
-from longclip.launch.environment import LIBRARIES
 from longclip.model.packing import Packed, pack
 from longclip.model.towers import TextEncoder
 
@@ -137,7 +133,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of which the medians are (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
     asked = parser.parse_args()
-    os.environ.update({**LIBRARIES, **os.environ})  # before torch's first tensor
     torch.set_num_threads(asked.threads)
 
     mu, sigma = lognormal()
@@ -166,7 +161,6 @@ def main() -> None:
 
     print(f"text tower, forward + backward, fp32, {asked.threads} thread(s); torch {torch.__version__}")
     print(f"machine: {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end")
-    print(f"huge pages for tensors: {'yes' if os.environ['THP_MEM_ALLOC_ENABLE'] == '1' else 'no'}")
     print(f"ModernBERT shape: width {asked.width}, MLPs {asked.inner}, {asked.layers} layers, window {asked.window}")
     print(
         f"{asked.captions} captions, lognormal(mu {mu:.3f}, sigma {sigma:.3f}), mean {tokens / asked.captions:.0f} "
