@@ -46,8 +46,9 @@ MAX_PIXELS = 50_000_000
 """width x height above which an image is skipped: shards come from outside, and a header may promise anything"""
 MAX_MEMBER = 256 * 2**20
 """bytes above which a member is skipped"""
-OPEN_SHARDS = 32
-"""shards of a dataset that a process keeps open: two of the blocks that the order shuffles in, where a batch may end"""
+OPEN_SHARDS = 64
+"""shards of a dataset that a process keeps open: a global batch, of which a rank sees all lengths, may lie in three of
+the blocks that the order shuffles in"""
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP")
 _EXTENSION_OF = dict(zip(IMAGE_FORMATS, ("jpg", "png", "webp", "tif", "gif", "bmp"), strict=True))
