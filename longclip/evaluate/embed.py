@@ -78,18 +78,22 @@ class Embedder:
         """Unit features [N, D] (fp32) of texts cut to ``window`` tokens, by default the model's own; on every rank, on
         the CPU.
 
+        Texts of the same tokens are embedded once: elsewhere in a batch they would differ in the last bit, and not tie.
         Raises ValueError where the tower does not reach so far.
         """
         if window is not None and window > self.reach:
             raise ValueError(f"the text tower has {self.reach} positions")
         tokenizer = self.tokenizer if window is None else self.tokenizer.cut_to(window)
 
+        places, firsts = _distinct(tokenizer, texts, self.batch)
+
         def chunk(span: range) -> tuple[Tensor, Tensor]:
-            ids, _ = tokenizer([texts[i] for i in span])
+            ids, _ = tokenizer([texts[firsts[k]] for k in span])
             features = self.model(None, pack(ids).to(self.ranks.device))[0]
             return features, torch.ones(len(span), dtype=torch.bool)
 
-        return self._dealt(len(texts), chunk)[0]
+        features_KD = self._dealt(len(firsts), chunk)[0]
+        return features_KD if len(firsts) == len(texts) else features_KD[places]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has in full, special ones included."""
@@ -138,3 +142,16 @@ class Embedder:
                 yield
         finally:
             self.module.train(was_training)
+
+
+def _distinct(tokenizer: Tokenizer, texts: Sequence[str], batch: int) -> tuple[list[int], list[int]]:
+    """Which of the distinct token sequences each text is, and the first text of each of them."""
+    seen: dict[bytes, int] = {}
+    places: list[int] = []
+    firsts: list[int] = []
+    for start in range(0, len(texts), batch):
+        for i, ids in enumerate(tokenizer(texts[start : start + batch])[0], start):
+            places.append(seen.setdefault(np.array(ids, dtype=np.int32).tobytes(), len(firsts)))
+            if places[-1] == len(firsts):
+                firsts.append(i)
+    return places, firsts

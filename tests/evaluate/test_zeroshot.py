@@ -225,6 +225,17 @@ def test_what_cannot_be_told_apart_is_a_miss(tmp_path: Path, embedder: Embedder)
     assert found.facts["metrics"]["accuracy"] == 0.0 and found.facts["metrics"]["auc"] == 0.5
 
 
+def test_texts_of_the_same_tokens_have_the_same_features(embedder: Embedder) -> None:
+    """To the last bit, wherever they stand; those of other tokens have their own."""
+    words = ["foo", "w1", "bar w2", "w2", "baz", "w1", "qux w2", "w3 w1 w2", "nix"]
+    found = embedder.texts(words)
+    alone = torch.cat([embedder.texts([word]) for word in words])
+    assert torch.allclose(found, alone, atol=1e-6)
+    for same in ([0, 4, 8], [1, 5], [2, 6]):
+        assert (found[same] == found[same[0]]).all()
+    assert len(found.unique(dim=0)) == 5
+
+
 def test_equal_texts_tie_wherever_their_columns_stand() -> None:
     random = torch.Generator().manual_seed(0)
     images, text = torch.randn(301, 512, generator=random), torch.randn(1, 512, generator=random)
