@@ -18,7 +18,7 @@ _CACHES = {
 def before_torch(offline: bool = True) -> None:
     """What a worker sees to before torch is imported: its libraries' settings, and caches on its node.
 
-    What the user has set stays. ``offline`` keeps Hugging Face from asking its hub, which nodes seldom reach.
+    What the user has set stays, but for ``offline``: Hugging Face then never asks its hub, which nodes seldom reach.
     """
     folder = _private(Path(tempfile.gettempdir()) / f"longclip-{os.getuid()}")
     for name, place in _CACHES.items():
