@@ -232,6 +232,8 @@ def _of_word(word: Word, job: str, last: Attempt, verdict: Verdict | None) -> Ve
             return Verdict(CANCELLED, samples, f"job {job}: {verdict.message} (its log says)", "log")
         return Verdict(verdict.kind, samples, f"job {job}: {verdict.message} (its log says)", "log")
     if last.started is None:
+        if (told := from_log(last)) is not None:
+            return Verdict(told.kind, 0, f"job {job} ended before its worker began: {told.message}", "log")
         lines = [line.strip() for line in log_text(last).splitlines() if line.strip()]
         if lines:
             return Verdict("crashed", 0, f"job {job} ended before its worker began: {lines[-1]}", "log")

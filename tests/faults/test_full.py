@@ -359,7 +359,8 @@ def test_longclip_cancel_is_final(trial: Make) -> None:
 
 def test_too_little_memory_ends_the_run(trial: Make) -> None:
     """Killed for memory each time: tried again once or twice, then left to a person, who is told what it was."""
-    one = trial({"slurm.mem_gb": 0.35})
+    # more than it takes to begin (0.45 GiB), whatever the machine, and less than such an embedding takes to train
+    one = trial({"slurm.mem_gb": 0.75, "model.text.config.vocab_size": 1_000_000})
     one.submit()
     row = one.wait_state("no progress", seconds=600)
     assert "memory" in row["note"], row

@@ -131,6 +131,20 @@ def test_a_job_that_died_before_python_started_says_so(run: RunFolder) -> None:
     assert state == "crashed" and "conda: command not found" in note and "before its worker began" in note
 
 
+def test_a_job_killed_for_memory_before_its_worker_began_says_so(run: RunFolder) -> None:
+    """On a slow file system importing torch takes longer than Slurm takes to see how much memory it needs."""
+    attempt = new_attempt(run)
+    write_json(attempt.path / "submitted.json", {"executor": "slurm", "job": "101", "time": time.time()})
+    said = (
+        "slurmstepd-n1: error: StepId=101.0 exceeded memory limit (457072640 > 375390208), being killed\n"
+        "slurmstepd-n1: error: *** STEP 101.0 ON n1 CANCELLED AT 2026-11-27T11:43:32 ***\n"
+        "srun: error: n2: task 1: Killed\n"
+    )
+    (attempt.logs / "101_0_log.out").write_text(said)
+    state, note = state_of(run, Words({"101": Word("FAILED")}))
+    assert state == "out of memory" and "457072640 > 375390208" in note and "before its worker began" in note
+
+
 # ---- whether a run goes on -----------------------------------------------------------------------------------------
 
 
