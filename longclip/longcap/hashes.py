@@ -14,24 +14,28 @@ _AT_ONCE = 2**20
 def near(hashes: NDArray[np.uint64], others: NDArray[np.uint64], distance: int) -> NDArray[np.bool_]:
     """Whether each of ``hashes`` [n] differs in at most ``distance`` of 64 bits from any of ``others`` [m]; [n].
 
-    Two hashes that differ in d bits agree in at least one of d + 1 pieces, so only those are compared that share a
-    piece (Manber & Wu's pigeonhole argument): memory O(n + m).
+    Cut into p pieces, two hashes that differ in d bits have a piece that differs in at most d // p (Manber & Wu's
+    pigeonhole argument). With p as below that is one bit or none, so only those are compared of which a piece is the
+    same but for one bit: memory O(n + 23 m).
     """
     distinct, back = np.unique(hashes, return_inverse=True)
     if len(distinct) * len(others) <= _AT_ONCE:
         found = np.any(_compare(distinct[:, None], others[None], distance), axis=1)
         return np.asarray(found[back])
     others, found = np.unique(others), np.zeros(len(distinct), dtype=bool)
-    edges = [64 * i // (distance + 1) for i in range(distance + 2)]
+    pieces = max(3, distance // 2 + 1)  # at least 3, or the table of all values of a piece would not fit
+    edges = [64 * i // pieces for i in range(pieces + 1)]
     for low, high in pairwise(edges):
         mask = np.uint64(2 ** (high - low) - 1)
-        pieces = (others >> np.uint64(low)) & mask
-        by_piece = np.argsort(pieces, kind="stable")
-        pieces = pieces[by_piece]
+        flips = [0, *(1 << bit for bit in range(high - low))] if distance >= pieces else [0]
+        theirs = ((others >> np.uint64(low)) & mask)[:, None] ^ np.array(flips, dtype=np.uint64)
+        values = theirs.ravel().astype(np.int64)
+        by_value = np.argsort(values, kind="stable")
+        starts = np.append(0, np.cumsum(np.bincount(values, minlength=2 ** (high - low))))
         todo = np.flatnonzero(~found)
-        mine = (distinct[todo] >> np.uint64(low)) & mask
-        first = np.searchsorted(pieces, mine, "left")
-        many = np.searchsorted(pieces, mine, "right") - first
+        mine = ((distinct[todo] >> np.uint64(low)) & mask).astype(np.int64)
+        first = starts[mine]
+        many = starts[mine + 1] - first
         ends = np.cumsum(many)
         begin = 0
         while begin < len(todo):
@@ -39,8 +43,8 @@ def near(hashes: NDArray[np.uint64], others: NDArray[np.uint64], distance: int) 
             end = max(begin + 1, int(np.searchsorted(ends, done + _AT_ONCE, "right")))
             repeated = np.repeat(np.arange(begin, end), many[begin:end])
             candidate = np.arange(len(repeated)) - (ends - many)[repeated] + done + first[repeated]
-            hit = _compare(distinct[todo[repeated]], others[by_piece[candidate]], distance)
-            found[todo[repeated[hit]]] = True
+            alike = _compare(distinct[todo[repeated]], others[by_value[candidate] // len(flips)], distance)
+            found[todo[repeated[alike]]] = True
             begin = end
     return np.asarray(found[back])
 
