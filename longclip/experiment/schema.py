@@ -33,6 +33,7 @@ DEEPSPEED_OURS = {
     "torch_autocast": "train.precision",
     "data_types": "train.precision",
     "activation_checkpointing": "engine.activation_checkpointing",
+    "compile": "engine.compile",
 }
 """Keys of a DeepSpeed configuration that experiment fields already decide."""
 
@@ -261,6 +262,9 @@ class Engine(Section):
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """pairs that a rank runs at once: all that it holds, or fewer, with gradients cached between two passes"""
     activation_checkpointing: bool = False
+    compile: bool = False
+    """the towers' layers, by torch: minutes before the first step, and a C++ compiler on the nodes; dropout draws
+    other numbers"""
     text: Literal["packed", "padded"] = "packed"
     """``padded``: every caption padded to the window, as others do; the same result, for comparison"""
     loader_workers: Annotated[int, Field(ge=0)] = 2
@@ -279,6 +283,8 @@ class Engine(Section):
                 raise bad(f"deepspeed.{key}", f"is decided by {ours}; set that instead")
         if "stage" in (self.deepspeed.get("zero_optimization") or {}):
             raise bad("deepspeed.zero_optimization.stage", "is decided by engine.zero_stage; set that instead")
+        if self.compile and self.zero_stage == 3:
+            raise bad("compile", "not with zero_stage 3, which gathers weights within the layers; valid is false")
         return self
 
 

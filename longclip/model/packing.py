@@ -187,6 +187,7 @@ def _varlen(
     return out[None]
 
 
-AttentionInterface.register(PACKED, _packed_attention)
+# Not compiled (engine.compile): it would be again for every batch, whose captions have other lengths.
+AttentionInterface.register(PACKED, torch.compiler.disable(_packed_attention))  # type: ignore[no-untyped-call]
 # The boundaries are in `bounds`; no mask is built.
 AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)

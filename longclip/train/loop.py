@@ -31,6 +31,7 @@ from longclip.experiment.durations import parse_interval
 from longclip.experiment.identity import train_sources
 from longclip.experiment.schema import Experiment, Model
 from longclip.model.clip import DualEncoder, build
+from longclip.model.compiled import compile_layers
 from longclip.model.towers import pixels_of
 from longclip.run import checkpoints, lineage
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt
@@ -243,6 +244,8 @@ def prepare(job: Job, ranks: Ranks, begin: bool = False) -> tuple[Any, Reader, R
         spec, experiment.train.seed, how.activation_checkpointing, experiment.train.loss, how.text == "padded"
     )
     check_fit(model, tokenizer, experiment)
+    if how.compile:
+        compile_layers(model)
     if begin and spec.init is not None:
         warm.start(model, spec, spec.init, Path(job.paths[lineage.KEY]), job.run, ranks)
     train = Reader(train_set, tokenizer, pixels_of(spec.image), Text.of(experiment.data))

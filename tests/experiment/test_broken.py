@@ -168,6 +168,10 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         swap("zero_stage: 2", "zero_stage: 2\n  deepspeed: {zero_optimization: {stage: 3}}"),
         "bad.yaml:16: engine.deepspeed.zero_optimization.stage: is decided by engine.zero_stage",
     ),
+    "compiled layers that ZeRO 3 cuts up": (
+        swap("zero_stage: 2", "zero_stage: 3\n  compile: true"),
+        "bad.yaml:16: engine.compile: not with zero_stage 3, which gathers weights within the layers; valid is false",
+    ),
     "interval without unit": (
         add("evaluate: {every: '500'}\n"),
         "bad.yaml:18: evaluate.every: is '500'; valid is a number with one of epoch, samples, steps",

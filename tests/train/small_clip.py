@@ -75,6 +75,7 @@ def experiment(job: dict[str, Any]) -> Experiment:
                 "zero_stage": job["stage"],
                 "micro_batch": job.get("micro", "auto"),
                 "activation_checkpointing": job.get("checkpointing", False),
+                "compile": job.get("compile", False),
                 "deepspeed": {"zero_optimization": zero} if zero else {},
             },
         }

@@ -112,6 +112,18 @@ def test_every_combination_equals_plain_torch(run_ranks: Callable[[Groups], Grou
             same(run, plain())
 
 
+@pytest.mark.slow
+def test_compiled_layers_equal_plain_torch(run_ranks: Callable[[Groups], Groups]) -> None:
+    """Stages 0 to 2, direct and in two passes, with activation checkpointing and without; and dropout, replayed."""
+    runs = jobs(2, (0, 1, 2), (False, True), (False, True))
+    dropout = {"do": "dropout", "stage": 2, "micro": 4}
+    done = run_ranks({2: {label: {**job, "compile": True} for label, job in {**runs, "dropout": dropout}.items()}})[2]
+    for label in runs:
+        same(done[label], plain())
+    assert done["dropout"]["loss"] == pytest.approx(done["dropout"]["expected"], rel=1e-5)
+    assert done["dropout"]["gradients"] < 1e-4
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_dropout_is_replayed(fast: Groups, ranks: int) -> None:
     got = fast[ranks]["dropout"]

@@ -33,6 +33,7 @@ from longclip.evaluate.ranking import both_ways, retrieval
 from longclip.evaluate.retrieval import evaluate
 from longclip.evaluate.suite import Retrieval
 from longclip.model.clip import build
+from longclip.model.compiled import compile_layers
 from longclip.model.towers import Pixels
 from longclip.train import cached, checkpoint, engine, loop, loss, masters, ranks
 from tests.train import small_clip
@@ -88,6 +89,8 @@ def clip(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
 
 def started(asked: Any, me: ranks.Ranks) -> Any:
     model = build(asked.model, asked.train.seed, asked.engine.activation_checkpointing, asked.train.loss)
+    if asked.engine.compile:
+        compile_layers(model)
     return engine.start(model, asked, me)
 
 
@@ -105,6 +108,8 @@ def dropout(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
     gradients = {name: safe_get_full_grad(p) for name, p in running.module.named_parameters()}
 
     whole = build(asked.model, asked.train.seed).train()
+    if asked.engine.compile:  # its draws are others
+        compile_layers(whole)
     outputs = []
     for rank in range(me.size):
         torch.manual_seed(100 + rank)
