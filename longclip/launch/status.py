@@ -232,11 +232,12 @@ def _of_word(word: Word, job: str, last: Attempt, verdict: Verdict | None) -> Ve
             return Verdict(CANCELLED, samples, f"job {job}: {verdict.message} (its log says)", "log")
         return Verdict(verdict.kind, samples, f"job {job}: {verdict.message} (its log says)", "log")
     if last.started is None:
-        if (told := from_log(last)) is not None:
-            return Verdict(told.kind, 0, f"job {job} ended before its worker began: {told.message}", "log")
+        early = f"job {job} ended before its worker began"
+        if (told := from_log(last)) is not None and told.kind == "out of memory":
+            return Verdict(told.kind, 0, f"{early}: {told.message}", "log")
         lines = [line.strip() for line in log_text(last).splitlines() if line.strip()]
         if lines:
-            return Verdict("crashed", 0, f"job {job} ended before its worker began: {lines[-1]}", "log")
+            return Verdict("crashed", 0, f"{early}: {lines[-1]}", "log")
         if word.state != "GONE" or _is_local(last):
             return Verdict(
                 "crashed", 0, f"job {job}: {word.state}, before its worker began, without a log", "scheduler"

@@ -145,6 +145,15 @@ def test_a_job_killed_for_memory_before_its_worker_began_says_so(run: RunFolder)
     assert state == "out of memory" and "457072640 > 375390208" in note and "before its worker began" in note
 
 
+def test_a_job_that_dies_at_import_is_left_to_a_person(run: RunFolder) -> None:
+    """Not "killed", from which submit goes on by itself: it would die the same way, and no progress could end that."""
+    attempt = new_attempt(run)
+    write_json(attempt.path / "submitted.json", {"executor": "slurm", "job": "101", "time": time.time()})
+    (attempt.logs / "101_0_log.out").write_text("srun: error: n2: task 1: Segmentation fault\n")
+    state, note = state_of(run, Words({"101": Word("FAILED")}))
+    assert state == "crashed" and "before its worker began: srun: error: n2: task 1: Segmentation fault" in note
+
+
 # ---- whether a run goes on -----------------------------------------------------------------------------------------
 
 
