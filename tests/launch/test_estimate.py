@@ -40,10 +40,11 @@ def guess(asked: Experiment, ranks: int = 4, gpu: str = "h100-80g", **other: obj
     return estimate(asked, shape, published(), ranks, named(gpu), **other)  # type: ignore[arg-type]
 
 
-def test_the_published_waste_comes_back() -> None:
+def test_the_published_waste_and_mean_come_back() -> None:
     lengths = published().lengths
-    assert waste(lengths, 77) == pytest.approx(0.55, abs=0.01)
-    assert waste(lengths, 512) == pytest.approx(0.022, abs=0.005)
+    assert waste(lengths, 77) == pytest.approx(0.55, abs=0.005)
+    assert waste(lengths, 512) == pytest.approx(0.022, abs=0.001)
+    assert sum(lengths) / len(lengths) == pytest.approx(131, abs=1)
 
 
 def test_the_paper_s_model() -> None:

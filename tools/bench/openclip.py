@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from loader import photograph
 from PIL import Image
-from text_tower import lognormal, processor
+from text_tower import processor
 
 SIZE, PATCH, WIDTH, LAYERS, HEADS, JOINT = 224, 32, 256, 4, 4, 256
 WORDS = 1000
@@ -55,6 +55,7 @@ def draw(folder: Path, samples: int) -> None:
 
     from longclip.data.index import index_folder
     from longclip.data.shards import Sample, write_shard
+    from longclip.train.estimate import published
 
     ends = ["<end>", "<start>"]
     names = ["[PAD]", *(f"w{i}" for i in range(WORDS - 3)), *reversed(ends)]
@@ -69,11 +70,10 @@ def draw(folder: Path, samples: int) -> None:
     (folder / "tok" / "tokenizer_config.json").write_text(json.dumps(said))
 
     rng = np.random.default_rng(0)
-    mu, sigma = lognormal()
     pictures = [photograph(rng, 320, 240) for _ in range(32)]
     for part, count in (("train", samples), ("val", 16)):
         (folder / part).mkdir()
-        lengths = np.maximum(3, np.exp(mu + sigma * rng.standard_normal(count)).round().astype(int))
+        lengths = rng.choice(published().lengths, count)
         texts = [" ".join(f"w{w}" for w in rng.integers(0, WORDS - 3, n - 2)) for n in lengths]
         write_shard(
             folder / part / "s-0000.tar",

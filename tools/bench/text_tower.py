@@ -10,15 +10,14 @@ Ways, all with the same weights and captions, taken in turn so that a slow minut
     window      padded to the window, as the published code does
     linear      the tower's linear layers alone on the same tokens: F.linear, forward + backward, nothing else
 
-Lengths are quantiles, evenly spaced, of the lognormal that wastes 55 % of the tokens at 77 and 2.2 % at 512, the
-published figures (arXiv 2510.03978), cut to the window: so few captions, drawn, would waste anything. Medians and
-ratios are printed, with the machine and the method.
+Lengths are quantiles, evenly spaced, of the distribution that wastes 55 % of the tokens at 77 and 2.2 % at 512 and has
+131 tokens a caption, the published figures (arXiv 2510.03978, `longclip.train.estimate`), cut to the window: so few
+captions, drawn, would waste anything. Medians and ratios are printed, with the machine and the method.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import statistics
@@ -34,39 +33,10 @@ from longclip.data.tokens import waste
 from longclip.experiment.schema import TextTower
 from longclip.model.packing import Packed, pack
 from longclip.model.towers import TextEncoder
+from longclip.train.estimate import published
 
-PUBLISHED = {77: 0.55, 512: 0.022}
-"""window -> share of tokens cut off"""
 VOCABULARY = 1000
 """small: looking tokens up is no matrix product, and is not what is measured"""
-
-
-def lognormal() -> tuple[float, float]:
-    """(mu, sigma) of the lengths that waste what is published, by bisection over sigma for each mu.
-
-    E[max(0, L - c)] / E[L] = N(s - k) - c / E[L] * N(-k), with k = (ln c - mu) / s: the Black-Scholes call.
-    """
-
-    def wasted(mu: float, sigma: float, window: int) -> float:
-        def below(x: float) -> float:
-            return 0.5 * math.erfc(-x / math.sqrt(2))
-
-        k = (math.log(window) - mu) / sigma
-        return below(sigma - k) - window / math.exp(mu + sigma**2 / 2) * below(-k)
-
-    def sigma_of(mu: float) -> float:
-        low, high = 0.05, 3.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if wasted(mu, middle, 512) < PUBLISHED[512] else (low, middle)
-        return low
-
-    # along the curve that is right at 512, the waste at 77 grows with mu
-    low, high = math.log(20), math.log(250)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if wasted(middle, sigma_of(middle), 77) < PUBLISHED[77] else (low, middle)
-    return low, sigma_of(low)
 
 
 def tower(width: int, inner: int, layers: int, window: int, pad_to: int | None) -> TextEncoder:
@@ -135,10 +105,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
 
-    mu, sigma = lognormal()
     random = torch.Generator().manual_seed(0)
-    at = (torch.arange(asked.captions, dtype=torch.float64) + 0.5) / asked.captions
-    drawn = torch.exp(mu + sigma * torch.special.ndtri(at)).round().clamp(min=2).int().tolist()
+    all_of = published().lengths
+    drawn = [all_of[(2 * k + 1) * len(all_of) // (2 * asked.captions)] for k in range(asked.captions)]
     kept = [min(n, asked.window) for n in drawn]
     text = pack([torch.randint(3, VOCABULARY, (n,), generator=random).tolist() for n in kept])
     tokens, longest = sum(kept), max(kept)
@@ -163,9 +132,9 @@ def main() -> None:
     print(f"machine: {processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end")
     print(f"ModernBERT shape: width {asked.width}, MLPs {asked.inner}, {asked.layers} layers, window {asked.window}")
     print(
-        f"{asked.captions} captions, lognormal(mu {mu:.3f}, sigma {sigma:.3f}), mean {tokens / asked.captions:.0f} "
-        f"after the cut, longest {longest}; these waste {waste(drawn, 77):.1%} at 77, {waste(drawn, 512):.1%} at "
-        f"512 (published: 55 %, 2.2 %); {1 - tokens / asked.captions / asked.window:.0%} of the window is padding"
+        f"{asked.captions} captions, mean {sum(drawn) / asked.captions:.0f} tokens, longest {longest} after the cut; "
+        f"these waste {waste(drawn, 77):.1%} at 77, {waste(drawn, 512):.1%} at 512 (published: 131, 55 %, 2.2 %); "
+        f"{1 - tokens / asked.captions / asked.window:.0%} of the window is padding"
     )
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
