@@ -1,7 +1,7 @@
 """What packing saves: one text tower, forward + backward, on captions as long as the paper's.
 
-    python tools/bench/text_tower.py                              window 512, three layers of ModernBERT-large's width
-    python tools/bench/text_tower.py --width 768 --inner 1152     of ModernBERT-base's
+    python tools/bench/text_tower.py                               window 512, three layers of ModernBERT-base's width
+    python tools/bench/text_tower.py --width 1024 --inner 2624     of ModernBERT-large's
 
 Ways, all with the same weights and captions, taken in turn so that a slow minute of the machine hits all of them:
 
@@ -91,12 +91,10 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--captions", type=int, default=64, help="captions of the batch (default 64)")
+    parser.add_argument("--captions", type=int, default=16, help="captions of the batch (default 16)")
     parser.add_argument("--window", type=int, default=512, help="tokens at which captions are cut (default 512)")
-    parser.add_argument(
-        "--width", type=int, default=1024, help="hidden size; heads are 64 wide (default 1024, ModernBERT-large's)"
-    )
-    parser.add_argument("--inner", type=int, default=2624, help="width of the MLPs (default 2624, ModernBERT-large's)")
+    parser.add_argument("--width", type=int, default=768, help="hidden size; heads are 64 wide (default 768)")
+    parser.add_argument("--inner", type=int, default=1152, help="width of the MLPs (default 1152)")
     parser.add_argument(
         "--layers", type=int, default=3, help="layers, every third of them global (default 3 of its 28)"
     )
