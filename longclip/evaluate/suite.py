@@ -27,7 +27,7 @@ from longclip.experiment.load import read_as
 from longclip.experiment.section import Section, bad
 from longclip.experiment.template import template
 
-VERSION = 1
+VERSION = 2
 """counts the changes of code after which the same suite gives other figures: part of its hash"""
 KEPT = (16, 32, 64, 77, 128, 154, 192, 256, 384, 512)
 """tokens that the probe ``kept`` leaves of a caption, as far as the model's own window goes"""

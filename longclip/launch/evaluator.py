@@ -69,6 +69,7 @@ def score_unit(unit: dict[str, Any], ranks: Ranks) -> Iterator[str]:
 def _embedder(unit: dict[str, Any], ranks: Ranks) -> Embedder:
     from longclip.data.tokens import Tokenizer
     from longclip.evaluate.embed import Embedder
+    from longclip.model.clip import as_bf16
     from longclip.model.towers import pixels_of
     from longclip.train.loop import localized
 
@@ -76,7 +77,7 @@ def _embedder(unit: dict[str, Any], ranks: Ranks) -> Embedder:
     tokenizer = Tokenizer(unit["tokenizer"] or str(spec.text.tower), spec.context_length)
     model = _model(unit, spec, ranks)
     if unit["about"]["precision"] == "bf16":
-        model = model.bfloat16()  # as DeepSpeed does it: the figures of the job that trained it
+        model = as_bf16(model)  # the figures of the job that trained it
     model = model.to(ranks.device).eval()
     return Embedder(model, model, tokenizer, pixels_of(spec.image), ranks, unit["batch"])
 

@@ -70,12 +70,24 @@ def build(
     extend(model.text.trunk, spec.text, spec.context_length)
     if activation_checkpointing:
         for encoder in (model.image, model.text):
-            encoder.trunk.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers' newer name; the older one warns in every log, and is to go in transformers 6
+            enable = getattr(encoder.trunk, "activation_checkpointing_enable", None)
+            (enable or encoder.trunk.gradient_checkpointing_enable)({"use_reentrant": False})
     for side, trunk, layers in (
         ("image", model.image.trunk, spec.image.freeze),
         ("text", model.text.trunk, spec.text.freeze),
     ):
         freeze(trunk, layers, f"model.{side}.freeze")
+    return model
+
+
+def as_bf16(model: DualEncoder) -> DualEncoder:
+    """``model`` with its parameters in bf16, as DeepSpeed trains them; its buffers stay in fp32.
+
+    ``model.bfloat16()`` would round the rotary frequencies among them: half a radian at position 511.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
     return model
 
 

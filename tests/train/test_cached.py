@@ -81,6 +81,7 @@ def fast(run_ranks: Callable[[Groups], Groups], tmp_path_factory: pytest.TempPat
         "kept direct": {"do": "memory", "stage": 0},
         "kept in four": {"do": "memory", "stage": 0, "micro": 6},
         "kept with checkpointing": {"do": "memory", "stage": 0, "checkpointing": True},
+        "in bf16": {"do": "in_bf16", "stage": 1, "precision": "bf16"},
     }
     groups[2] |= {
         "sigmoid": {"do": "clip", "stage": 1, "loss": "sigmoid"},
@@ -159,6 +160,11 @@ def test_two_passes_in_bf16_are_near(fast: Groups, stage: int) -> None:
     run = fast[2][f"bf16 zero{stage}"]
     assert run["losses"] == pytest.approx(plain()[0], rel=0.03)
     assert run["norms"] == pytest.approx(plain()[1], rel=0.1)
+
+
+def test_evaluate_s_bf16_is_deepspeed_s(fast: Groups) -> None:
+    """Bit for bit, or a checkpoint scored afterwards has other figures than in the job that trained it."""
+    assert fast[1]["in bf16"]["by"] == [0.0, 0.0]
 
 
 def test_a_validation_set_that_does_not_divide(fast: Groups) -> None:

@@ -32,7 +32,7 @@ from longclip.evaluate.pairs import retrieve
 from longclip.evaluate.ranking import both_ways, retrieval
 from longclip.evaluate.retrieval import evaluate
 from longclip.evaluate.suite import Retrieval
-from longclip.model.clip import build
+from longclip.model.clip import as_bf16, build
 from longclip.model.compiled import compile_layers
 from longclip.model.towers import Pixels
 from longclip.train import cached, checkpoint, engine, loop, loss, masters, ranks
@@ -165,6 +165,19 @@ def score(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
             retrieval(*both_ways(image[whole.valid], text[whole.valid])) | {"pairs": int(whole.valid.sum())}
         )
     return {"scores": scores, "expected": expected, "apart": [apart, apart_again], "alone": alone}
+
+
+def in_bf16(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """Largest difference between the features of the engine and those of the model that ``evaluate`` makes of it."""
+    asked = small_clip.experiment(job)
+    running, model = started(asked, me), as_bf16(build(asked.model, asked.train.seed)).eval()
+    running.eval()
+    part = small_clip.part(0, me.rank, me.size)
+    with torch.no_grad():
+        pictures = part.images(me.device).bfloat16()
+        pairs = list(zip(running(pictures, part.text)[:2], model(pictures, part.text)[:2], strict=True))
+    running.destroy()
+    return {"by": [float((ours - theirs).abs().max()) for ours, theirs in pairs]}
 
 
 def memory(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
