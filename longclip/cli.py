@@ -109,7 +109,7 @@ def estimate(
     from longclip import screen
     from longclip.experiment.load import load
     from longclip.launch.forecast import forecasts
-    from longclip.train.gpus import named, of_site
+    from longclip.train.gpus import may_be, named, of_site
 
     profile = _site(site, None)
     device = of_site(profile.gpu_type) if gpu is None else named(gpu)
@@ -122,6 +122,8 @@ def estimate(
     if not paths:
         raise UserError(f"--gpus {' '.join(counts)}: no experiment file is named")
     found, notes = forecasts(load(paths, set_), profile, device, [int(count) for count in counts], utilisation)
+    if gpu is None and len(meant := may_be(profile.gpu_type)) > 1:
+        notes.append(f"the site's {profile.gpu_type} may be {' or '.join(g.name for g in meant)}: say which by --gpu")
     if as_json:
         print(json.dumps([e.as_dict() for e in found], indent=1))
     else:

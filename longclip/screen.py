@@ -35,14 +35,18 @@ PLAIN_SECONDS, LIVE_SECONDS, SLURM_SECONDS = 20.0, 2.0, 10.0
 
 def print_plans(plans: Sequence[Plan], site: Site) -> None:
     """The table of what submit is about to do."""
-    from longclip.launch.forecast import columns
+    from longclip.launch.forecast import columns, of_plan, unfit
     from longclip.launch.snapshot import code_hash, commit
 
     out.print(f"site {site.name} · code {commit() or 'installed'} ({code_hash()})", highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("run", "action", "why", "window", "samples", "ranks", "rank-h", "disk"):
         table.add_column(column, overflow="fold")
+    warnings: dict[str, list[str]] = {}
     for p in plans:
+        guess = of_plan(p, site) if p.queues else None
+        if said := unfit(p, guess, site):
+            warnings.setdefault(said, []).append(p.run.label)
         samples = f"{p.resolved.samples:,}" if p.resolved.samples else "?"
         ask = p.experiment.slurm
         table.add_row(
@@ -52,9 +56,11 @@ def print_plans(plans: Sequence[Plan], site: Site) -> None:
             str(p.experiment.model.context_length),
             samples,
             f"{ask.nodes} x {ask.ranks_per_node} {'GPU' if ask.gpus_per_node else 'CPU'}",
-            *columns(p, site),
+            *columns(p, guess),
         )
     out.print(table)
+    for said, runs in warnings.items():
+        print(f"! {', '.join(runs)}: {said}")
     print_time_warnings(p.experiment for p in plans if p.queues)
 
 

@@ -31,7 +31,7 @@ DEEPSPEED_OURS = {
     "fp16": "train.precision",
     "amp": "train.precision",
     "torch_autocast": "train.precision",
-    "data_types": "train.precision",
+    "data_types": "train.precision, in which gradients are accumulated too",
     "activation_checkpointing": "engine.activation_checkpointing",
     "compile": "engine.compile",
 }

@@ -59,8 +59,8 @@ def export(run: RunFolder, which: str, folder: Path, form: str) -> Exported:
             if form == "transformers":
                 recipe, notes = write_transformers(aside, model, spec, tokenizer), _TRANSFORMERS
             else:
-                hub = experiment.model.text.tower
-                name = hub if hub and not Path(hub).is_absolute() else str((folder / "text").absolute())
+                # Its own, for the hub's may have other positions or another tokenizer.
+                name = str((folder / "text").absolute())
                 recipe, notes = write_openclip(aside, model, spec, tokenizer, name), _OPEN_CLIP
             from longclip.model.card import card
 
@@ -162,6 +162,6 @@ _TRANSFORMERS = [
     "middle square first, which on images that are not square differs by rounding.",
 ]
 _OPEN_CLIP = [
-    "Needs open_clip_torch 3.3 or later. `hf_model_name` in open_clip_config.json is where open_clip finds the text "
-    "tower's configuration: where it is a path, correct it when the folder moves.",
+    "Needs open_clip_torch 3.3 or later. `hf_model_name` and `hf_tokenizer_name` in open_clip_config.json say where "
+    "open_clip finds the text tower's configuration and tokenizer: in `text` here. Correct them when the folder moves.",
 ]

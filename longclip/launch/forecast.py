@@ -122,18 +122,38 @@ def _measured(folders: tuple[str, ...], weights: tuple[float, ...], text: Text, 
 # ---- submit's columns --------------------------------------------------------------------------------------------
 
 
-def columns(plan: Plan, site: Site) -> tuple[str, str]:
-    """GPU-hours (or CPU-hours) that a planned run still takes, and GB on disk; ``?`` where nobody can say."""
-    if not plan.queues:
-        return "0", "0"
+def of_plan(plan: Plan, site: Site) -> Estimate | None:
+    """An estimate for a planned run on the site's GPUs; None where nobody can say."""
     experiment = plan.experiment
     try:
         shape = _shape(experiment, plan.resolved.paths)
     except LongclipError:
-        return "?", "?"
+        return None
     gpu = of_site(site.gpu_type) if experiment.slurm.gpus_per_node else None
     captions = _captions(experiment, plan.resolved.paths) if gpu else published()
-    guess = estimate(experiment, shape, captions, experiment.slurm.ranks, gpu, UTILISATION, plan.resolved.samples)
+    return estimate(experiment, shape, captions, experiment.slurm.ranks, gpu, UTILISATION, plan.resolved.samples)
+
+
+def unfit(plan: Plan, guess: Estimate | None, site: Site) -> str | None:
+    """What to say of a run that by the estimate needs more memory than the site's GPUs have; None if it does not."""
+    gpu, engine = of_site(site.gpu_type), plan.experiment.engine
+    if guess is None or gpu is None or guess.fits is None:
+        return None
+    asked = guess.by_stage[engine.zero_stage]
+    if (guess.stage, guess.micro_batch) == (engine.zero_stage, guess.asked_micro_batch) and guess.fits:
+        return None
+    needs = f"{guess.asked_micro_batch} pairs at once at ZeRO {engine.zero_stage} need {asked.peak / 2**30:.0f} GiB"
+    fits = f"zero_stage {guess.stage} with micro_batch {guess.micro_batch} fits" if guess.fits else "nothing fits"
+    return f"by the estimate {needs}, {gpu.name} has {gpu.memory_gib:.0f}: {fits} (longclip estimate)"
+
+
+def columns(plan: Plan, guess: Estimate | None) -> tuple[str, str]:
+    """GPU-hours (or CPU-hours) that a planned run still takes, and GB on disk; ``?`` where nobody can say."""
+    if not plan.queues:
+        return "0", "0"
+    if guess is None:
+        return "?", "?"
+    experiment = plan.experiment
     hours = guess.rank_hours if plan.resolved.samples else None
     points = effective(plan.run) if plan.run.exists() else []
     speeds = [value for _, value in series(points, "speed/samples_per_second")][-10:]

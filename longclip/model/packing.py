@@ -102,12 +102,13 @@ def pack(captions: Sequence[Sequence[int]]) -> Packed:
     return Packed(ids, tuple(len(captions[i]) for i in order), tuple(order))
 
 
-def runs_varlen(device: torch.device, dtype: torch.dtype, dropout: float) -> bool:
+def runs_varlen(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
     """Whether attention is one launch for all captions: torch's varlen kernel, flash attention, is for that alone.
 
-    It has no CPU kernel, takes 16-bit floats only, and knows no dropout of attention.
+    It has no CPU kernel, takes 16-bit floats and heads of 8 to 256 in steps of 8 only, and knows no dropout.
     """
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and dropout == 0.0
+    half = dtype in (torch.bfloat16, torch.float16)
+    return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256 and dropout == 0.0
 
 
 def _packed_attention(
@@ -128,7 +129,7 @@ def _packed_attention(
 
     ``sliding_window`` is flash attention's: positions at a distance below it see each other.
     """
-    run = _varlen if runs_varlen(query.device, query.dtype, dropout) else _by_length
+    run = _varlen if runs_varlen(query.device, query.dtype, query.shape[-1], dropout) else _by_length
     return run(query, key, value, bounds, dropout, scaling, sliding_window, is_causal), None
 
 
@@ -171,18 +172,19 @@ def _varlen(
     sliding_window: int | None,
     causal: bool,
 ) -> Tensor:
-    """[1, T, heads, head_dim] by flash attention over ragged sequences; 16-bit, CUDA, torch 2.10 or newer."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        raise SiteError(
-            f"packed text on a GPU needs torch 2.10 or newer, this is {torch.__version__}", "or engine.text: padded"
-        ) from None
+    """[1, T, heads, head_dim] by flash attention over ragged sequences; 16-bit, CUDA, torch 2.11 or newer."""
     aside = -1 if sliding_window is None else sliding_window - 1
     longest = bounds.groups[-1][0]
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
     window = (aside, 0 if causal else aside)
-    out = varlen_attn(q, k, v, bounds.ends, bounds.ends, longest, longest, scale=scaling, window_size=window)
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(q, k, v, bounds.ends, bounds.ends, longest, longest, scale=scaling, window_size=window)
+    except (ImportError, TypeError):  # before 2.10 there is none, and 2.10's knows no window (pytorch/pytorch#172238)
+        raise SiteError(
+            f"packed text on a GPU needs torch 2.11 or newer, this is {torch.__version__}", "or engine.text: padded"
+        ) from None
     assert isinstance(out, Tensor)  # a pair only where asked for
     return out[None]
 

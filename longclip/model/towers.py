@@ -127,7 +127,8 @@ class TextEncoder(nn.Module):
             return f"text padded to {self.pad_to}"
         config = self.trunk.config.to_dict()
         dropout = config.get("attention_dropout") or config.get("attention_probs_dropout_prob") or 0.0
-        return f"text packed, attention {'varlen' if runs_varlen(device, dtype, dropout) else 'by length'}"
+        head_dim = config["hidden_size"] // config["num_attention_heads"]
+        return f"text packed, attention {'varlen' if runs_varlen(device, dtype, head_dim, dropout) else 'by length'}"
 
     def _packed(self, text: Packed) -> Tensor:
         """Hidden states of the tokens, [T, width]."""
@@ -244,9 +245,10 @@ def _said(processor: dict[str, Any]) -> dict[str, Any]:
     said: dict[str, Any] = {}
     if "image_mean" in processor and "image_std" in processor:
         said |= {"mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])}
-    if processor.get("do_center_crop") or "shortest_edge" in (processor.get("size") or ()):
+    size = processor.get("size") or {}
+    if processor.get("do_center_crop") or (isinstance(size, dict) and "shortest_edge" in size):
         said["whole"] = False
-    elif "height" in (processor.get("size") or ()):
+    elif isinstance(size, int) or "height" in size:  # one number, in older files: both sides
         said["whole"] = True
     if processor.get("resample") in _FILTERS:
         said["resample"] = _FILTERS[processor["resample"]]

@@ -59,7 +59,7 @@ class Estimate:
     micro_batch: int
     """of these, how many run at once"""
     asked_micro_batch: int
-    """the same as the experiment says it"""
+    """the same as the experiment says it; where that does not divide the share, the next smaller that does"""
     fits: bool | None
     """None where the GPU is not known"""
     memory: Memory
@@ -106,7 +106,10 @@ def estimate(
     # A batch padded to the window is computed whole; what is counted as the model's work stays that of real tokens.
     computed = lengths if experiment.engine.text == "packed" else (window,)
     share = train.global_batch // ranks
-    own = share if experiment.engine.micro_batch == "auto" else experiment.engine.micro_batch
+    own = share if experiment.engine.micro_batch == "auto" else _within(share, experiment.engine.micro_batch)
+
+    states = (experiment.engine.deepspeed.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    offload = states.get("device", "none") != "none"
 
     def at(stage: int, micro_batch: int) -> Memory:
         return memory(
@@ -119,7 +122,7 @@ def estimate(
             ranks=ranks,
             checkpointing=experiment.engine.activation_checkpointing,
             on_gpu=gpu is not None or experiment.slurm.gpus_per_node > 0,
-            offload="offload_optimizer" in (experiment.engine.deepspeed.get("zero_optimization") or {}),
+            offload=stage > 0 and offload,
         )
 
     stages = [s for s in range(4) if s > 0 or train.precision == "fp32"]
@@ -159,6 +162,10 @@ def estimate(
         checkpoint_bytes=checkpoint,
         disk_bytes=kept * checkpoint,
     )
+
+
+def _within(share: int, micro_batch: int) -> int:
+    return next(m for m in range(min(share, micro_batch), 0, -1) if share % m == 0)
 
 
 def _cheapest(

@@ -60,12 +60,19 @@ def named(name: str) -> Gpu:
 
 
 def of_site(gpu_type: str | None) -> Gpu | None:
-    """What Slurm calls a GPU (``h200``, ``a100-80g``); None where that is no name, or the start of several."""
-    if gpu_type is None:
-        return None
+    """What Slurm calls a GPU (``h200``, ``a100-80g``); None where that is no name.
+
+    Where it may be several (``a100``), the one with the least memory, of those the slowest: what fits it fits all.
+    """
+    return min(may_be(gpu_type), key=lambda gpu: (gpu.memory_gib, gpu.bf16 or gpu.fp32), default=None)
+
+
+def may_be(gpu_type: str | None) -> list[Gpu]:
+    """The GPUs that Slurm may mean by ``gpu_type``."""
+    if not gpu_type:
+        return []
     wanted = gpu_type.lower()
-    found = [GPUS[wanted]] if wanted in GPUS else [g for g in GPUS.values() if g.name.startswith(wanted)]
-    return found[0] if len(found) == 1 else None
+    return [GPUS[wanted]] if wanted in GPUS else [gpu for gpu in GPUS.values() if gpu.name.startswith(wanted)]
 
 
 def shown_as(device: str) -> Gpu | None:

@@ -88,7 +88,7 @@ def memory(
     weights, optimizer, gradients, step = _by_stage(n, shape.trained, w, stage, ranks, on_gpu, shape.text.largest)
     if offload and on_gpu:  # to the node's memory, and with it the step
         optimizer = step = 0
-    kept, largest = _activations(shape, lengths, micro_batch, w, checkpointing)
+    kept, largest = _activations(shape, lengths, micro_batch, w, checkpointing, on_gpu)
     share = global_batch // ranks
     features = 4 * shape.embed_dim * (global_batch + 3 * share) * 2
     tile = min(TILE, share) * min(TILE, global_batch)
@@ -136,14 +136,14 @@ def _above_heap(shape: Shape) -> int:
 
 
 def _activations(
-    shape: Shape, lengths: Sequence[int], micro_batch: int, w: int, checkpointing: bool
+    shape: Shape, lengths: Sequence[int], micro_batch: int, w: int, checkpointing: bool, on_gpu: bool
 ) -> tuple[int, int]:
     """Bytes that stand at the end of the forward pass (or in the backward pass, recomputing); the largest of them."""
     mean = sum(lengths) / len(lengths)
     squares = sum(n * n for n in lengths) / len(lengths)
     image, text = shape.image, shape.text
-    of_image = kept_by(image, micro_batch * image.tokens, image.tokens, w, checkpointing)
-    of_text = kept_by(text, micro_batch * mean, squares / mean, w, checkpointing)
+    of_image = kept_by(image, micro_batch * image.tokens, image.tokens, w, checkpointing, on_gpu)
+    of_text = kept_by(text, micro_batch * mean, squares / mean, w, checkpointing, on_gpu)
     wide = max(
         micro_batch * image.tokens * image.inner,
         micro_batch * mean * text.inner * (2 if text.gated else 1),
@@ -151,15 +151,15 @@ def _activations(
     return int(of_image + of_text), int(wide * w)
 
 
-def kept_by(tower: Tower, tokens: float, seen: float, w: int, checkpointing: bool) -> float:
+def kept_by(tower: Tower, tokens: float, seen: float, w: int, checkpointing: bool, on_gpu: bool) -> float:
     """Bytes that autograd keeps of ``tokens`` tokens; ``seen``: positions that one attends to, on average."""
     widths, inner = SAVED[tower.kind]
     if tower.activation == "quick_gelu":  # x * sigmoid(1.702 x) keeps the sigmoid too
         inner += 1
     layer: float = w * (widths * tower.width + inner * tower.inner) + 4 * tower.heads
     if tower.dropout:
-        # Masks of two branches; attention that drops is not fused, and keeps its scores in fp32, three times.
-        layer += 2 * w * tower.width + 12 * tower.heads * seen
+        # Masks of two branches; attention that drops is not fused on a CPU, and keeps its scores in fp32, three times.
+        layer += 2 * w * tower.width + (0 if on_gpu else 12 * tower.heads * seen)
     around = w * (3 * tower.width + tower.patch)
     trained = tower.layers - tower.frozen
     if checkpointing:

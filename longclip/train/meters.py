@@ -6,7 +6,8 @@ The parts of a step, in seconds, averaged over steps and ranks, add up to it:
     time/forward     the towers
     time/backward    DeepSpeed's backward pass
     time/optimizer   DeepSpeed's step
-    time/exchange    its collectives (gradients, weights), and the loss, which gathers the features of all ranks
+    time/exchange    its collectives (gradients, weights), and what stands between the towers and the backward pass:
+                     the loss, which gathers the features of all ranks; in two passes, the next micro-batch's copy
     time/other       what the loop does besides: agreeing on the numbers, the journal
 
 On a GPU they are measured by CUDA events on the stream that computes, read at the points of the meters only; an

@@ -14,7 +14,7 @@ from longclip.data.index import index_folder
 from longclip.data.tokens import waste
 from longclip.experiment.load import load
 from longclip.experiment.schema import Experiment
-from longclip.launch.forecast import columns
+from longclip.launch.forecast import columns, of_plan, unfit
 from longclip.launch.plan import Plan
 from longclip.launch.resolve import Resolved
 from longclip.launch.site import Site
@@ -79,9 +79,8 @@ def test_the_cheapest_that_fits_is_taken() -> None:
 
 def test_gpus_by_the_names_that_slurm_and_torch_have_for_them() -> None:
     assert of_site("h200") is GPUS["h200"] and of_site("A100-80G") is GPUS["a100-80g"]
-    assert (
-        of_site("h100") is None and of_site("gpu") is None and of_site(None) is None
-    )  # which of the two, it is not said
+    assert of_site("gpu") is None and of_site(None) is None
+    assert of_site("h100") is GPUS["h100-pcie"] and of_site("a100") is GPUS["a100-40g"]  # the least that it may be
     assert shown_as("NVIDIA H100 80GB HBM3") is GPUS["h100-80g"] and shown_as("NVIDIA H100") is None
     assert GPUS["v100-32g"].peak("bf16") is None and GPUS["v100-32g"].peak("fp32") is not None
 
@@ -193,13 +192,44 @@ def test_a_run_that_has_trained_is_measured_not_estimated(tmp_path: Path) -> Non
     for step in range(1, 5):
         journal.write(step, 100 * step, {"speed/samples_per_second": 20.0}, START + 5 * step)
     journal.close()
-    assert columns(plan_of(run, asked, "resume"), Site())[0] == f"{600 / 20 * 2 / 3600:.2g}"
-    assert columns(plan_of(run, asked, "left alone"), Site()) == ("0", "0")
+    assert shown(plan_of(run, asked, "resume"), Site())[0] == f"{600 / 20 * 2 / 3600:.2g}"
+    assert shown(plan_of(run, asked, "left alone"), Site()) == ("0", "0")
 
 
 def test_a_new_run_is_estimated_where_its_gpu_is_known(tmp_path: Path) -> None:
     asked, run = paper(), RunFolder(tmp_path / "longcap" / "ctx512-00000000")
-    hours, disk = columns(plan_of(run, asked, "new", 20 * 10**6), Site(gpu_type="h200"))
+    hours, disk = shown(plan_of(run, asked, "new", 20 * 10**6), Site(gpu_type="h200"))
     assert 5 < float(hours) < 30 and disk == "22 GB"
-    assert columns(plan_of(run, asked, "new", 20 * 10**6), Site())[0] == "?"
-    assert columns(plan_of(run, asked, "new", None), Site(gpu_type="h200"))[0] == "?"
+    assert shown(plan_of(run, asked, "new", 20 * 10**6), Site())[0] == "?"
+    assert shown(plan_of(run, asked, "new", None), Site(gpu_type="h200"))[0] == "?"
+
+
+def test_submit_says_what_does_not_fit_by_the_estimate(tmp_path: Path) -> None:
+    """Four GPUs hold 1,024 pairs each; one does not hold 4,096, and one of 16 GiB not even their weights' states."""
+    run = RunFolder(tmp_path / "longcap" / "ctx512-00000000")
+
+    def said(gpu_type: str | None, gpus: int, **engine: object) -> str | None:
+        asked = paper()
+        parts = {"slurm": {"gpus_per_node": gpus}, "engine": engine}
+        changed = {name: getattr(asked, name).model_copy(update=update) for name, update in parts.items()}
+        plan, site = plan_of(run, asked.model_copy(update=changed), "new"), Site(gpu_type=gpu_type)
+        return unfit(plan, of_plan(plan, site), site)
+
+    assert said("h100-80g", 4) is None and said(None, 1) is None
+    needs = said("h100-80g", 1)
+    assert needs is not None and "4096 pairs at once at ZeRO 1 need " in needs
+    assert needs.endswith(", h100-80g has 79: zero_stage 1 with micro_batch 1024 fits (longclip estimate)")
+    assert said("h100-80g", 1, micro_batch=1024) is None
+
+
+def test_a_micro_batch_is_never_more_than_a_rank_s_share() -> None:
+    """On more GPUs than the file asks for; one that does not divide the share is refused in training."""
+    asked = paper()
+    asked = asked.model_copy(update={"engine": asked.engine.model_copy(update={"micro_batch": 1024})})
+    sizes = {ranks: guess(asked, ranks, "h200").micro_batch for ranks in (4, 16, 64)}
+    assert sizes == {4: 1024, 16: 256, 64: 64}
+    assert guess(asked, 16, "h200").memory == guess(paper(), 16, "h200").memory
+
+
+def shown(plan: Plan, site: Site) -> tuple[str, str]:
+    return columns(plan, of_plan(plan, site))

@@ -167,5 +167,7 @@ def test_which_attention_runs_is_said() -> None:
     assert model.text.attention(torch.device("cpu"), torch.bfloat16) == "text packed, attention by length"
     drops = build(spec(VIT, {**BERT, "attention_probs_dropout_prob": 0.1}), 0)
     assert drops.text.attention(gpu, torch.bfloat16) == "text packed, attention by length"
+    odd = build(spec(VIT, {**BERT, "hidden_size": 52, "num_attention_heads": 2}), 0)
+    assert odd.text.attention(gpu, torch.bfloat16) == "text packed, attention by length"
     padded = build(spec(VIT, MODERNBERT), 0, padded=True)
     assert padded.text.attention(gpu, torch.bfloat16).startswith("text padded to ")

@@ -236,6 +236,14 @@ def test_preprocessing_is_the_tower_s(tmp_path: Path) -> None:
             torch.testing.assert_close(normalised(seen, form, torch.device("cpu")), want, atol=2 / 255 / 0.26, rtol=0)
 
 
+@pytest.mark.parametrize(("said", "whole"), [({"size": 16}, True), ({"size": 16, "do_center_crop": True}, False)])
+def test_older_files_say_sizes_by_one_number(said: dict[str, Any], whole: bool, tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(IMAGES["vit"])
+    AutoConfig.for_model(settings.pop("model_type"), **settings).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    assert pixels_of(ImageTower(tower=str(tmp_path))).whole is whole
+
+
 def test_open_clip_s_folder_is_pinned_by_its_shape_too(tmp_path: Path) -> None:
     _openclip_folder(tmp_path / "a", True)
     _openclip_folder(tmp_path / "b", False)

@@ -87,7 +87,7 @@ def test_a_layer_keeps_what_is_said(config: dict[str, Any], dtype: torch.dtype) 
 
 
 def tower_bytes(tower: Tower, tokens: int, seen: float, dtype: torch.dtype) -> float:
-    return memories.kept_by(tower, tokens, seen, dtype.itemsize, checkpointing=False)
+    return memories.kept_by(tower, tokens, seen, dtype.itemsize, checkpointing=False, on_gpu=False)
 
 
 def test_what_is_frozen_keeps_nothing() -> None:
