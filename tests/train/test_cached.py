@@ -158,8 +158,13 @@ def frozen() -> Curves:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_passes_in_bf16_are_near(fast: Groups, stage: int) -> None:
     run = fast[2][f"bf16 zero{stage}"]
-    assert run["losses"] == pytest.approx(plain()[0], rel=0.03)
-    assert run["norms"] == pytest.approx(plain()[1], rel=0.1)
+    losses, norms = (
+        max(abs(got / want - 1) for got, want in zip(run[curve], fp32, strict=True))
+        for curve, fp32 in zip(("losses", "norms"), plain(), strict=True)
+    )
+    print(f"bf16 in three micro-batches at ZeRO {stage}, deviation from fp32: loss {losses:.1%}, norm {norms:.1%}")
+    assert losses < 0.03
+    assert norms < 0.1
 
 
 def test_evaluate_s_bf16_is_deepspeed_s(fast: Groups) -> None:
