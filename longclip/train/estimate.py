@@ -108,8 +108,8 @@ def estimate(
     share = train.global_batch // ranks
     own = share if experiment.engine.micro_batch == "auto" else _within(share, experiment.engine.micro_batch)
 
-    states = (experiment.engine.deepspeed.get("zero_optimization") or {}).get("offload_optimizer") or {}
-    offload = states.get("device", "none") != "none"
+    states = (experiment.engine.deepspeed.get("zero_optimization") or {}).get("offload_optimizer")
+    offload = isinstance(states, dict) and states.get("device", "none") != "none"
 
     def at(stage: int, micro_batch: int) -> Memory:
         return memory(
