@@ -91,7 +91,7 @@ def _clip(model: DualEncoder, spec: Model, eos: int | None) -> CLIPModel | None:
 def write_openclip(folder: Path, model: DualEncoder, spec: Model, tokenizer: str, name: str) -> str:
     """Writes open_clip's two files, and the text tower's config and tokenizer.
 
-    ``name`` is the text tower's hub id, or the path that ``folder/text`` will have. Returns the lines of Python that
+    ``name`` is the path that ``folder/text`` will have. Returns the lines of Python that
     use them. Raises UserError where open_clip has no such towers.
     """
     words = _tokenizer(spec, tokenizer)

@@ -21,7 +21,7 @@ from longclip.launch.site import Site
 from longclip.model.shape import shape_of
 from longclip.run.folder import RunFolder
 from longclip.train.estimate import Estimate, estimate, published
-from longclip.train.gpus import GPUS, named, of_site, shown_as
+from longclip.train.gpus import GPUS, Gpu, named, of_site, shown_as
 from tests.helpers import START, add_attempt, experiment, make_run
 from tests.launch.small import longclip, make_sweep
 
@@ -204,8 +204,8 @@ def test_a_new_run_is_estimated_where_its_gpu_is_known(tmp_path: Path) -> None:
     assert shown(plan_of(run, asked, "new", None), Site(gpu_type="h200"))[0] == "?"
 
 
-def test_submit_says_what_does_not_fit_by_the_estimate(tmp_path: Path) -> None:
-    """Four GPUs hold 1,024 pairs each; one does not hold 4,096, and one of 16 GiB not even their weights' states."""
+def test_submit_says_what_does_not_fit_by_the_estimate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four GPUs hold 1,024 pairs each; one does not hold 4,096, and what is smaller than the model's states nothing."""
     run = RunFolder(tmp_path / "longcap" / "ctx512-00000000")
 
     def said(gpu_type: str | None, gpus: int, **engine: object) -> str | None:
@@ -220,6 +220,19 @@ def test_submit_says_what_does_not_fit_by_the_estimate(tmp_path: Path) -> None:
     assert needs is not None and "4096 pairs at once at ZeRO 1 need " in needs
     assert needs.endswith(", h100-80g has 79: zero_stage 1 with micro_batch 1024 fits (longclip estimate)")
     assert said("h100-80g", 1, micro_batch=1024) is None
+    monkeypatch.setitem(GPUS, "tiny", Gpu("tiny", 4.0, 1e12, 1e12, ()))
+    assert (said("tiny", 1) or "").endswith(", tiny has 4: nothing fits (longclip estimate)")
+
+
+def test_an_offload_to_none_is_none() -> None:
+    def states(device: str) -> int:
+        zero = {"zero_optimization": {"offload_optimizer": {"device": device}}}
+        asked = paper()
+        return guess(
+            asked.model_copy(update={"engine": asked.engine.model_copy(update={"deepspeed": zero})})
+        ).memory.optimizer
+
+    assert states("cpu") == 0 and states("none") == guess(paper()).memory.optimizer > 0
 
 
 def test_a_micro_batch_is_never_more_than_a_rank_s_share() -> None:

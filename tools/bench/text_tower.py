@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="hidden size; heads are 64 wide (default 768)")
     parser.add_argument("--inner", type=int, default=1152, help="width of the MLPs (default 1152)")
     parser.add_argument(
-        "--layers", type=int, default=3, help="layers, every third of them global (default 3 of its 28)"
+        "--layers", type=int, default=3, help="layers, every third of them global (default 3 of its 22)"
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of which the medians are (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
