@@ -69,6 +69,7 @@ def build(
     draw(model, seed, skip=loaded)
     extend(model.text.trunk, spec.text, spec.context_length)
     if activation_checkpointing:
+        model.text.trunk.config.use_cache = False  # BERT's default, of no use here; it would warn in every log
         for encoder in (model.image, model.text):
             # transformers' newer name; the older one warns in every log, and is to go in transformers 6
             enable = getattr(encoder.trunk, "activation_checkpointing_enable", None)

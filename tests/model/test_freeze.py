@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -72,3 +73,13 @@ def test_activation_checkpointing_changes_memory_and_nothing_else(image: dict[st
     assert some_bytes < all_bytes / 2
     assert with_all.keys() == with_some.keys()
     assert all(torch.equal(with_all[name], with_some[name]) for name in with_all)
+
+
+def test_activation_checkpointing_says_nothing_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    transformers = logging.getLogger("transformers")
+    transformers.addHandler(caplog.handler)  # it does not pass on to the root
+    try:
+        step(build(spec(CLIP, BERT), 0, activation_checkpointing=True))
+    finally:
+        transformers.removeHandler(caplog.handler)
+    assert not caplog.messages
