@@ -59,6 +59,9 @@ def evaluate(
             jobs.locally(todo, profile)
         elif todo:
             busy = jobs.under_way(todo)
+            for unit in todo:
+                if unit.key not in busy and (why := jobs.failure(unit)):
+                    print(f"! failed before: {why.message}; the logs are in {unit.work / 'logs'}")
             queued = jobs.queue([unit for unit in todo if unit.key not in busy], profile)
             for unit in todo:
                 if job := busy.get(unit.key):

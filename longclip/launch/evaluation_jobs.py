@@ -102,8 +102,8 @@ def locally(units: Sequence[Unit], site: Site) -> None:
             job.wait()
         for file in (group / "evaluate").glob(f".meeting-*-{job.job_id}-*"):
             file.unlink()  # its id is a process's, and comes again
-        if job.state != "FINISHED" or any(_failure(unit) for unit in ours):
-            told = next(filter(None, map(_failure, ours)), None)
+        if job.state != "FINISHED" or any(failure(unit) for unit in ours):
+            told = next(filter(None, map(failure, ours)), None)
             log = f"{job.paths.stdout}"
             raise told or LongclipError(f"a worker of {', '.join(u.name for u in ours)} failed", f"see {log}")
 
@@ -125,7 +125,7 @@ def _ended_with_this(job: Any) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _failure(unit: Unit) -> LongclipError | None:
+def failure(unit: Unit) -> LongclipError | None:
     """What a worker said of the unit when it failed."""
     try:
         said = read_json(unit.work / "failed" / f"{unit.key}.json")
@@ -156,7 +156,12 @@ def under_way(units: Sequence[Unit]) -> dict[str, str]:
     alive = array_tasks(users)
     if alive is None:
         raise SiteError("squeue does not answer, so nothing is queued", "the same command again")
-    return {keys[i]: f"{job}_{i}" for job, keys in jobs.items() for i in sorted(alive.get(job, ())) if i < len(keys)}
+    found = {}
+    for job, keys in jobs.items():
+        for i in sorted(alive.get(job, ())):
+            if i < len(keys):
+                found[keys[i]] = f"{job}_{i}" if len(keys) > 1 else job
+    return found
 
 
 def _jobs(work: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def ask(slurm_jobs: Iterable[str], local_jobs: Iterable[tuple[str, str]], users:
     """Asks squeue and sacct once each, however many jobs.
 
     Args:
-        slurm_jobs: ids.
+        slurm_jobs: ids, or ``?`` for a job whose id nobody could record: then the queue is looked at for its folder.
         local_jobs: ``(host, pid)``, asked of this machine's process table.
         users: ids of the users whose queue is looked at besides one's own.
     """
@@ -77,7 +77,7 @@ def ask(slurm_jobs: Iterable[str], local_jobs: Iterable[tuple[str, str]], users:
         words[job] = Word(state, reason if state == "PENDING" else "")
         if words[job].alive:
             folders.setdefault(folder, []).append(job)
-    rest = [j for j in jobs if j not in words]
+    rest = [j for j in jobs if j not in words and j.isdecimal()]  # one that is no id, and sacct answers nothing at all
     history = None
     if rest:
         # sacct's default start is midnight; -X is the job, not its steps; of a requeued job the last life is shown.
@@ -102,15 +102,17 @@ def _users(others: Iterable[int]) -> str:
 
 
 def array_tasks(users: Iterable[int] = ()) -> dict[str, set[int]] | None:
-    """Of each array in the queue the tasks that wait or run; None where squeue does not answer."""
+    """Of each array in the queue the tasks that wait or run; None where squeue does not answer.
+
+    A job that is no array counts as an array's first task: Submitit makes one of a single call.
+    """
     queue = _run(["squeue", "--noheader", "--array", f"--user={_users(users)}", "--format=%F|%K"])
     if queue is None:
         return None
     found: dict[str, set[int]] = {}
     for line in queue.splitlines():
         job, _, task = line.strip().partition("|")
-        if task.isdecimal():
-            found.setdefault(job, set()).add(int(task))
+        found.setdefault(job, set()).add(int(task) if task.isdecimal() else 0)
     return found
 
 

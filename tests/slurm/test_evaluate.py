@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 
+from longclip.run.checkpoints import WEIGHTS
 from longclip.run.folder import read_json, runs_of
 from tests.conftest import Cluster
 from tests.launch.small import longclip, make_sweep
@@ -55,7 +56,17 @@ def test_all_kept_checkpoints_of_a_sweep(tmp_path: Path, cluster: Cluster) -> No
     found[lost].unlink()
     said = longclip(*command, "--on", "slurm", cwd=tmp_path)
     assert "queued 1 in " in said and said.count("there already") == len(states) - 1, said
+    said = longclip(*command, "--on", "slurm", cwd=tmp_path)
+    assert said.count("left alone: ") == 1 and "queued" not in said, f"Submitit makes no array of one task: {said}"
     queue_empty(tmp_path, 120)
     assert read_json(records()[lost])["tasks"] == expected
     said = longclip(*command, "--on", "slurm", cwd=tmp_path)
     assert f"{len(states)} records; next: longclip collect small" in said
+
+    records()[lost].unlink()
+    weights = next(run for run in runs if run.name == lost[0]).checkpoints / lost[1] / f"{WEIGHTS}.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "queued 1 in " in longclip(*command, "--on", "slurm", cwd=tmp_path)
+    queue_empty(tmp_path, 120)
+    said = longclip(*command, "--on", "slurm", cwd=tmp_path)
+    assert re.search(rf"! failed before: .*{lost[1]}.*; the logs are in .*/evaluate/logs", said), said
