@@ -7,6 +7,7 @@ Nothing heavy is imported here or by what the front's commands call: ``--help``,
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ from rich.console import Console
 from longclip import __version__
 from longclip.cli_evaluate import evaluate
 from longclip.cli_pairs import Json, SiteName, data_app, longcap_app
-from longclip.errors import LongclipError, SiteError, UserError
+from longclip.errors import FULL, LongclipError, SiteError, UserError
 
 app = typer.Typer(
     name="longclip",
@@ -53,13 +54,15 @@ def main() -> None:
             raise
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(error.exit_code)
-    except PermissionError as error:  # somebody else's folder
-        if _debug:
-            raise
-        print(f"error: {': '.join(filter(None, (error.filename, error.strerror)))}", file=sys.stderr)
-        sys.exit(SiteError.exit_code)
     except BrokenPipeError:  # `longclip status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # somebody else's folder, a full disk
+        if _debug or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, *FULL):
+            raise
+        said = ": ".join(filter(None, (error.filename, error.strerror)))
+        hint = "make room (longclip prune shows what can go)" if error.errno in FULL else None
+        print(f"error: {SiteError(said, hint)}", file=sys.stderr)
+        sys.exit(SiteError.exit_code)
 
 
 @app.callback(invoke_without_command=True)

@@ -17,6 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a full disk, or of a quota that is reached"""
+
 
 class LongclipError(Exception):
     """Base of all errors that are shown as one line instead of a traceback."""
@@ -56,7 +59,7 @@ def told_as_no_space(
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise NoSpace(f"no room left: {path}: {error.strerror}", hint) from error
 

@@ -1,4 +1,7 @@
-"""Stopping runs for good. The mark comes first: whatever the job still does, the run counts as cancelled."""
+"""Stopping runs for good. The mark comes first: whatever the job still does, the run counts as cancelled.
+
+A full disk takes no mark, and stops no cancel: nobody shall be unable to stop the jobs that filled it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 
-from longclip.errors import SiteError
+from longclip.errors import NoSpace, SiteError, told_as_no_space
 from longclip.launch.chain import jobs_beside
 from longclip.launch.status import statuses
 from longclip.run.attempts import attempts_of
@@ -22,7 +25,7 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     With all runs of a sweep go its canaries, the job that would collect it, and those that score its checkpoints.
 
     Raises:
-        SiteError: scancel failed; its own words.
+        SiteError: scancel failed; its own words. NoSpace: all are told to stop, but not marked.
     """
     known = statuses(runs)[0]
     if unsure := [s for s in known if s.state == "unknown"]:
@@ -30,6 +33,7 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
     alive = [s for s in known if s.jobs]
     done = []
     slurm: list[str] = []
+    unmarked: NoSpace | None = None
     for sweep in sorted({run.path.parent.resolve() for run in runs}):
         if {marker.parent for marker in sweep.glob("*/identity.json")} <= {run.path.resolve() for run in runs}:
             # Before the runs: their end would start it.
@@ -38,9 +42,12 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
             done += [(sweep.name, f"scancel {job} (collect, canary or evaluate)") for job in beside]
     for status in alive:
         run, last = status.run, attempts_of(status.run)[-1]
-        write_json(
-            last.path / "cancelled.json", {"time": time.time(), "user": os.environ.get("USER", str(os.getuid()))}
-        )
+        try:
+            with told_as_no_space(last.path, "longclip prune makes room; the next submit would continue these runs"):
+                user = os.environ.get("USER", str(os.getuid()))
+                write_json(last.path / "cancelled.json", {"time": time.time(), "user": user})
+        except NoSpace as error:
+            unmarked = error
         for job in status.jobs:
             host, _, pid = job.rpartition(":")
             if host:
@@ -54,4 +61,7 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
         result = subprocess.run(["scancel", *slurm], capture_output=True, text=True)
         if result.returncode != 0:
             raise SiteError(f"scancel: {result.stderr.strip()}")
+    if unmarked is not None:
+        told = "; ".join(f"{name}: {what}" for name, what in done)
+        raise NoSpace(f"{told}; but not recorded: {unmarked.message}", unmarked.hint)
     return done

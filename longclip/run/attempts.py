@@ -124,9 +124,10 @@ def new_attempt(run: RunFolder) -> Attempt:
 
 
 def claim(run: RunFolder, number: int, job: str, facts: dict[str, Any]) -> Attempt:
-    """The attempt that this job is to be: the one it was submitted as, or a new one if that has started (a requeue)."""
+    """The attempt that this job is to be: the one it was submitted as, or a new one if that has started (a requeue) or
+    counts as rejected (sbatch was given up on, and Slurm had taken the job all the same)."""
     attempt = Attempt(run.attempts / f"{number:04d}")
-    if not attempt.path.is_dir() or attempt.started is not None:
+    if not attempt.path.is_dir() or attempt.started is not None or attempt.ended is not None:
         attempt = new_attempt(run)
     try:
         handle = os.open(attempt.path / "started.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)

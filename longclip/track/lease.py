@@ -65,8 +65,13 @@ class Lease:
         except FileExistsError:
             self._clear(abandoned)
             return False
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": self._token}, f)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as f:
+                me = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": self._token}
+                json.dump(me, f)
+        except OSError:  # a full disk: an empty file would hold up all others
+            self.file.unlink(missing_ok=True)
+            raise
         return True
 
     def _holder(self) -> dict[str, Any]:

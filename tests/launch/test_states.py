@@ -88,6 +88,19 @@ def test_a_job_that_nobody_recorded_is_found_by_its_folder(run: RunFolder) -> No
     assert state_of(run, words) == ("queued", "job 77: Priority")
 
 
+def test_a_job_that_sbatch_was_given_up_on_is_an_attempt_of_its_own(run: RunFolder) -> None:
+    """ "Socket timed out": the attempt was recorded as rejected, and Slurm had taken the job."""
+    attempt = new_attempt(run)
+    write_json(attempt.path / "submitted.json", {"executor": "slurm", "job": None, "time": START})
+    attempt.end("rejected", 0, "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
+    folder = str(run.path.resolve())
+    words = Words({"77": Word("RUNNING")}, {folder: ["77"]})
+    claimed = claim(run, attempt.number, "77", {})
+    assert verdict_of(claimed) is None and state_of(run, words)[0] == "running"
+    end(claimed, "preempted", 100, START + 5)
+    assert stays(run) is None, "a later life of the job goes on"
+
+
 @pytest.mark.parametrize(
     ("lines", "state"),
     [

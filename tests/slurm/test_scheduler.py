@@ -5,8 +5,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from longclip.launch.scheduler import Word, ask
+from longclip.run.folder import runs_of
 from tests.conftest import Cluster
+from tests.launch.small import longclip, make_sweep
 from tests.slurm.test_cluster import sbatch, wait_until
 
 
@@ -18,3 +22,30 @@ def test_a_job_whose_id_is_not_known_hides_no_other(cluster: Cluster, tmp_path: 
     words = ask([job, "?"], [])
     assert words.jobs[job].state == "CANCELLED" and words.jobs[job].by_owner, words
     assert words.jobs["?"] == Word("GONE") and words.sources == "squeue, sacct"
+
+
+def test_a_full_disk_stops_no_cancel_and_leaves_no_lock(cluster: Cluster, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting needs root")
+    try:
+        sweep = make_sweep(tmp_path, (4,))
+        words = (sweep, "--set", "slurm.partition=pretend", "--runs", disk)
+        longclip("submit", *words, cwd=tmp_path)
+        filler = disk / "filler"
+        with pytest.raises(OSError), filler.open("wb", buffering=0) as f:
+            while True:
+                f.write(bytes(1024))
+        said = longclip("cancel", "small", "--runs", disk, cwd=tmp_path, code=3)
+        assert "scancel" in said and "not recorded" in said and "longclip prune" in said, said
+        wait_until("an empty queue", lambda: not subprocess.check_output(["squeue", "-h"]))
+        (run,) = runs_of(disk)
+        said = longclip("retry", run.name, "--runs", disk, cwd=tmp_path, code=3)
+        assert "No space left on device" in said and "longclip prune" in said, said
+        filler.unlink()
+        assert "queued" in longclip("retry", run.name, "--runs", disk, cwd=tmp_path), "no lock is left"
+        longclip("cancel", "small", "--runs", disk, cwd=tmp_path)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)

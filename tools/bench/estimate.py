@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What `longclip estimate` says of memory against what a step takes, on CPU ranks of this machine.
 
-    python tools/bench/estimate.py            all, of models above 50 M parameters: half an hour on 2 cores
+    python tools/bench/estimate.py            all, of models above 50 M parameters: 15 minutes on 2 cores
     python tools/bench/estimate.py --quick    a few of them
 
 Each configuration runs in processes of its own, forked from one that has imported everything. Measured is the growth of
