@@ -53,8 +53,8 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
         theirs = [str(site.sbatch["exclude"])] if "exclude" in site.sbatch else []
         parameters["additional_parameters"]["exclude"] = ",".join([*theirs, *nodes])
     if again:
-        parameters["setup"] = [*restart.before(), *parameters["setup"]]
-        parameters["teardown"] = restart.after()
+        parameters["setup"] = [*restart.before(), *parameters["setup"], *restart.settled()]
+        parameters["teardown"] = restart.after(site.sbatch.get("exclude"))
     return {k: v for k, v in parameters.items() if v is not None or k == "wckey"}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from pathlib import Path
 
 from longclip.run.attempts import attempts_of
@@ -68,15 +69,22 @@ def before() -> list[str]:
     The trap: Slurm sends TERM to a script whose job is requeued, and it must live for the line after that. A trap and
     not an ignored signal, which the worker would inherit where srun is not between them.
     """
-    return ["trap : TERM", 'again="attempts/.again-$SLURM_JOB_ID"', 'rm -f "$again"']
+    return ["trap : TERM", "here=$PWD", 'again="attempts/.again-$SLURM_JOB_ID"', 'rm -f "$again"']
 
 
-def after() -> list[str]:
+def settled() -> list[str]:
+    """Lines after the site's own, which may say ``set -e`` or ``cd``: the script must outlive its worker, in place."""
+    return ["set +e", 'cd "$here"']
+
+
+def after(exclude: str | None) -> list[str]:
     """Lines of the batch script after the worker; they run in the run's folder (``--chdir``).
 
     Only a RUNNING job is requeued: one that was cancelled, or that Slurm itself requeues after preemption, is not. The
-    nodes to avoid can be set once it is pending. A controller that is down for a moment is asked again.
+    nodes to avoid can be set once it is pending; ``exclude`` are those that the site avoids anyway. A controller that
+    is down for a moment is asked again.
     """
+    nodes = f'{shlex.quote(exclude)}"${{nodes:+,$nodes}}"' if exclude else '"$nodes"'
     return [
         "code=$?",
         'if [ "$code" -ne 0 ] && [ -e "$again" ]; then',
@@ -86,8 +94,10 @@ def after() -> list[str]:
         '    case $state in *" JobState=RUNNING "*) ;; *) break ;; esac',
         '    : >"attempts/.requeued-$SLURM_JOB_ID"',
         '    scontrol requeue "$SLURM_JOB_ID" || continue',
-        f"    [ ! -e attempts/{EXCLUDE} ] ||",
-        f'      scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(cat attempts/{EXCLUDE})"',
+        f"    if [ -e attempts/{EXCLUDE} ]; then",
+        f"      nodes=$(cat attempts/{EXCLUDE})",
+        f'      scontrol update JobId="$SLURM_JOB_ID" ExcNodeList={nodes}',
+        "    fi",
         "    break",
         "  done",
         "fi",
