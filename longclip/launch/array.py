@@ -10,7 +10,7 @@ Every step waits until the one before has succeeded (afterok); where one fails, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 import submitit
 
 from longclip.errors import SiteError
-from longclip.launch.job import setup_lines
-from longclip.launch.scheduler import ask, have_slurm
+from longclip.launch.job import need_slurm, outside_this_job, setup_lines
+from longclip.launch.scheduler import ask
 from longclip.launch.site import Site
 from longclip.launch.snapshot import freeze
 from longclip.run.folder import read_json, write_json
@@ -55,14 +55,12 @@ def queue(name: str, folder: Path, steps: Sequence[Step], site: Site, minutes: i
     Raises:
         SiteError: there is no Slurm here, or it does not take a job; what was queued before is taken back.
     """
-    if not have_slurm():
-        raise SiteError("there is no Slurm on this machine (no sbatch, no srun)", "use a login node, or leave out --on")
+    need_slurm("use a login node, or leave out --on")
     code = freeze(folder)
     jobs: list[str] = []
     queued: list[submitit.Job[Any]] = []
     try:
         for step in steps:
-            executor = submitit.SlurmExecutor(folder=(folder / "logs" / step.name).resolve(), python=site.python)
             further = {"chdir": str(folder.resolve()), "kill-on-invalid-dep": "yes", **site.sbatch}
             asked = {
                 "job_name": f"{name}/{step.name}",
@@ -81,15 +79,35 @@ def queue(name: str, folder: Path, steps: Sequence[Step], site: Site, minutes: i
                 "setup": setup_lines(site, 1, code.folder),
                 "additional_parameters": further,
             }
-            # submitit takes None for what is not asked for, but its wckey has a default of its own
-            executor.update_parameters(**{k: v for k, v in asked.items() if v is not None}, wckey=None)
-            columns = zip(*step.tasks, strict=True)
-            made = executor.map_array(step.function, *columns)
+            made = start(folder / "logs" / step.name, site, asked, step.function, step.tasks)
             queued += made
             jobs.append(str(made[0].job_id).partition("_")[0])
-    except submitit.core.utils.FailedJobError as error:
+    except SiteError:
         for job in queued:
             job.cancel()
-        raise SiteError(f"Slurm does not take the job: {str(error).strip().splitlines()[-1]}") from None
+        raise
     write_json(folder / "jobs.json", {"jobs": jobs})
     return jobs
+
+
+def start(
+    logs: Path,
+    site: Site,
+    asked: Mapping[str, Any],
+    function: Callable[..., Any],
+    tasks: Sequence[tuple[Any, ...]],
+) -> list[submitit.Job[Any]]:
+    """Queues one array, a call of ``function`` a task, by ``asked``: submitit's parameters, None where nothing is.
+
+    Raises SiteError where Slurm does not take it.
+    """
+    executor = submitit.SlurmExecutor(folder=logs.resolve(), python=site.python)
+    # submitit takes None for what is not asked for, but its wckey has a default of its own
+    executor.update_parameters(**{k: v for k, v in asked.items() if v is not None}, wckey=None)
+    failures = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError)
+    try:
+        with outside_this_job():
+            made: list[submitit.Job[Any]] = executor.map_array(function, *zip(*tasks, strict=True))
+            return made
+    except failures as error:
+        raise SiteError(f"Slurm does not take the job: {(str(error).strip().splitlines() or [''])[-1]}") from None

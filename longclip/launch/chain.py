@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from longclip.errors import SiteError
-from longclip.launch.job import check_slurm, setup_lines, test_only
+from longclip.launch.job import check_slurm, outside_this_job, setup_lines, test_only
 from longclip.launch.plan import Plan
 from longclip.launch.scheduler import Word, ask
 from longclip.launch.site import Site
@@ -71,7 +71,8 @@ def collect_after(sweep: Path, site: Site) -> str | None:
                 return job
         file = folder / "collect.sh"
         write_text(file, script(sweep, site, runs[0].experiment().slurm.partition, freeze(sweep).folder))
-        taken, said = _slurm("sbatch", "--parsable", f"--dependency={dependency}", str(file))
+        with outside_this_job():
+            taken, said = _slurm("sbatch", "--parsable", f"--dependency={dependency}", str(file))
         if not taken:
             full = any(sign in said for sign in LIMITS)
             raise SiteError(

@@ -21,11 +21,11 @@ import submitit
 
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.experiment.schema import Slurm
-from longclip.launch import evaluator
+from longclip.launch import array, evaluator
 from longclip.launch.environment import before_torch
 from longclip.launch.evaluation import Unit
-from longclip.launch.job import child_environment, resources, worker_env
-from longclip.launch.scheduler import array_tasks, have_slurm
+from longclip.launch.job import child_environment, need_slurm, resources, worker_env
+from longclip.launch.scheduler import array_tasks
 from longclip.launch.site import Site
 from longclip.launch.snapshot import freeze
 from longclip.run import evaluations
@@ -176,27 +176,23 @@ def queue(units: Sequence[Unit], site: Site) -> list[str]:
 
     Raises SiteError where there is no Slurm, or where it does not take an array; those before it stay queued.
     """
-    if not have_slurm():
-        raise SiteError("there is no Slurm on this machine (no sbatch, no srun)", "use a login node, or --on local")
+    need_slurm("use a login node, or --on local")
     prepare(units)
     queued = []
     for group, shape, alike in _alike(units):
         for start in range(0, len(alike), LONGEST_ARRAY):
             ours = alike[start : start + LONGEST_ARRAY]
             work = ours[0].work
-            executor = submitit.SlurmExecutor(folder=(work / "logs").resolve(), python=site.python)
             asked = {
                 "job_name": f"{group.name}/evaluate",
                 **resources(shape, site, freeze(group).folder),
                 "array_parallelism": len(ours),
                 "additional_parameters": {"chdir": str(work.resolve()), **site.sbatch},
             }
-            executor.update_parameters(**{k: v for k, v in asked.items() if v is not None}, wckey=None)
             keys = [unit.key for unit in ours]
-            try:
-                made = executor.map_array(evaluator.run, [str(work.resolve())] * len(keys), [[key] for key in keys])
-            except submitit.core.utils.FailedJobError as error:
-                raise SiteError(f"Slurm does not take the job: {str(error).strip().splitlines()[-1]}") from None
+            made = array.start(
+                work / "logs", site, asked, evaluator.run, [(str(work.resolve()), [key]) for key in keys]
+            )
             job = str(made[0].job_id).partition("_")[0]
             record = _jobs(work)
             known = {"jobs": {**record["jobs"], job: keys}, "users": sorted({*record["users"], os.getuid()})}

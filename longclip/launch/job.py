@@ -161,7 +161,8 @@ def test_only(script: str) -> str:
         # The run folder may not exist yet.
         file.write("\n".join(line for line in script.splitlines() if not line.startswith("#SBATCH --chdir")) + "\n")
         file.flush()
-        done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+        with outside_this_job():
+            done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
     words = " ".join(line.removeprefix("sbatch: ").strip() for line in done.stderr.splitlines() if line.strip())
     if done.returncode != 0:
         raise SiteError(
@@ -170,15 +171,18 @@ def test_only(script: str) -> str:
     return words
 
 
+def need_slurm(otherwise: str) -> None:
+    """Raises SiteError, with what to do ``otherwise``, on a machine without Slurm."""
+    if not have_slurm():
+        raise SiteError("there is no Slurm on this machine (no sbatch, no srun)", otherwise)
+
+
 def check_slurm(plans: Sequence[Plan], site: Site) -> None:
     """Every job of ``plans`` is one that Slurm would take; it is asked once for each distinct :func:`shape`.
 
     Raises SiteError.
     """
-    if not have_slurm():
-        raise SiteError(
-            "there is no Slurm on this machine (no sbatch, no srun)", "submit on a login node, or add --on local"
-        )
+    need_slurm("submit on a login node, or add --on local")
     code = code_hash()
     scripts = (batch_script(plan, site, code) for plan in plans)
     for script in {shape(script): script for script in scripts}.values():
@@ -200,7 +204,8 @@ def start(
         executor = _slurm_executor(experiment, run, site, attempt.logs, code.folder)
         if after:
             executor.update_parameters(dependency=",".join(after))
-        return executor.submit(worker.run, *arguments)
+        with outside_this_job():
+            return executor.submit(worker.run, *arguments)
     if kind == "debug":
         return submitit.DebugExecutor(folder=attempt.logs.resolve()).submit(worker.run, *arguments)
     local = submitit.LocalExecutor(folder=attempt.logs.resolve(), python=site.python)
@@ -221,6 +226,24 @@ def child_environment(values: Mapping[str, str], code: Path) -> Iterator[None]:
     path = os.pathsep.join(filter(None, (str(code), behind)))
     with _environment({**values, "PYTHONPATH": path}), _ctrl_c_stays_here():
         yield
+
+
+@contextmanager
+def outside_this_job() -> Iterator[None]:
+    """Within, sbatch hands to a job nothing of what this process's own was given, if it is in one (salloc, a notebook).
+
+    A new job's srun would ask for the GPUs, tasks and memory of the old one: "Job doesn't have GRES".
+    """
+    told = ("SLURM_", "SLURMD_", "SUBMITIT_")
+    mine = {k: v for k, v in os.environ.items() if k.startswith(told) and k != "SLURM_CONF"}
+    if "SLURM_JOB_ID" not in mine:
+        mine = {}
+    for name in mine:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(mine)
 
 
 @contextmanager

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from longclip.launch.scheduler import Word, ask
+from longclip.launch.status import statuses
 from longclip.run.folder import runs_of
 from tests.conftest import Cluster
 from tests.launch.small import longclip, make_sweep
@@ -49,3 +52,20 @@ def test_a_full_disk_stops_no_cancel_and_leaves_no_lock(cluster: Cluster, tmp_pa
         longclip("cancel", "small", "--runs", disk, cwd=tmp_path)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_submit_from_inside_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    """salloc, a notebook: what that job was given is not the run's, whose srun would ask for its GPU."""
+    sweep = make_sweep(tmp_path, (4,))
+    one_rank = ("--set", "slurm.tasks_per_node=1", "--set", "train.samples=240")
+    submit = [sys.executable, "-m", "longclip.cli", "submit", sweep, *one_rank, "--runs", tmp_path / "runs"]
+    outer = sbatch(tmp_path, shlex.join(map(str, submit)), "--gpus-per-node=1", "--mem=1G", "--time=5")
+    out = tmp_path / f"{outer}.out"
+    wait_until("the submit", lambda: out.exists() and "queued" in out.read_text())
+    (run,) = runs_of(tmp_path / "runs")
+
+    def state() -> str:
+        return statuses([run])[0][0].state
+
+    wait_until("the run's end", lambda: state() not in ("queued", "running", "starting"), 120)
+    assert state() == "finished", longclip("logs", run.name, "--runs", tmp_path / "runs", cwd=tmp_path)
