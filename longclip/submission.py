@@ -8,10 +8,11 @@ from contextlib import suppress
 
 from longclip import screen
 from longclip.launch.chain import check, collect_after
-from longclip.launch.plan import Plan, problems
+from longclip.launch.job import QueueFull
+from longclip.launch.plan import Plan, known_attempts, problems
 from longclip.launch.site import Site
-from longclip.launch.status import CONTINUES, statuses
-from longclip.launch.submit import QueueFull, submit, warnings
+from longclip.launch.status import statuses
+from longclip.launch.submit import submit, warnings
 from longclip.launch.tracking import sync_runs
 from longclip.run.folder import RunFolder
 
@@ -37,7 +38,8 @@ def carry_out(
             _collect(plans, site)
         return 0
     if collect and not problems(todo):
-        check(todo, site)
+        with suppress(QueueFull):  # said when the runs have been tried
+            check(todo, site)
     for warning in warnings(todo, site):
         print(f"! {warning}")
     if on == "debug" or (on == "local" and not parallel):
@@ -98,8 +100,8 @@ def _queue(todo: Sequence[Plan], site: Site, on: str, canary: bool, wait: bool) 
     if full is not None:
         print(f"{len(todo) - len(ids)} runs wait: {full.message}; the same submit queues them when jobs have ended")
     while wait and full is not None:
-        rows = statuses([p.run for p in todo])[0]
-        rest = [p for p, s in zip(todo, rows, strict=True) if s.state in CONTINUES]
+        # What has had its turn is not begun again here, however it ended.
+        rest = [p for p in todo if known_attempts(p.run) == p.attempts]
         if not rest:
             return
         time.sleep(30)

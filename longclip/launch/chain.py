@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from longclip.errors import SiteError
-from longclip.launch.job import check_slurm, outside_this_job, setup_lines, test_only
+from longclip.launch.job import LIMITS, check_slurm, outside_this_job, setup_lines, test_only
 from longclip.launch.plan import Plan
 from longclip.launch.scheduler import Word, ask
 from longclip.launch.site import Site
 from longclip.launch.snapshot import code_hash, freeze, place
 from longclip.launch.status import statuses
-from longclip.launch.submit import LIMITS
 from longclip.run.folder import RunFolder, read_json, write_json, write_text
 from longclip.track.lease import Lease
 

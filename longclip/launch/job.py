@@ -29,6 +29,13 @@ from longclip.run.attempts import Attempt
 from longclip.run.folder import RunFolder
 from longclip.run.journal import SAVE_SECONDS, effective, series
 
+LIMITS = ("MaxSubmit", "MaxJobs", "GrpSubmit", "job submit limit", "AssocGrp", "QOSMax")
+"""In sbatch's words: this user has as many jobs in the queue as may be"""
+
+
+class QueueFull(SiteError):
+    """The site takes no more jobs now; what was queued stays, the rest waits for the next submit."""
+
 
 def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: Path) -> dict[str, Any]:
     """The job's submitit parameters; ``code`` is the snapshot that it imports."""
@@ -155,7 +162,7 @@ def test_only(script: str) -> str:
     """``sbatch --test-only``: Slurm's estimate of when and where the job would start.
 
     Raises:
-        SiteError: Slurm would not take the job; its own words.
+        SiteError: Slurm would not take the job; its own words. QueueFull: not now.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         # The run folder may not exist yet.
@@ -164,6 +171,8 @@ def test_only(script: str) -> str:
         with outside_this_job():
             done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
     words = " ".join(line.removeprefix("sbatch: ").strip() for line in done.stderr.splitlines() if line.strip())
+    if done.returncode != 0 and "SubmitJob" in words:  # AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit, ...
+        raise QueueFull(f"the queue is full: {words.removeprefix('error: ')}")
     if done.returncode != 0:
         raise SiteError(
             f"sbatch --test-only: {words.removeprefix('error: ')}", "sinfo shows partitions and their limits"
@@ -180,7 +189,7 @@ def need_slurm(otherwise: str) -> None:
 def check_slurm(plans: Sequence[Plan], site: Site) -> None:
     """Every job of ``plans`` is one that Slurm would take; it is asked once for each distinct :func:`shape`.
 
-    Raises SiteError.
+    Raises SiteError, or QueueFull where Slurm takes no more of this user's jobs now, whatever they ask for.
     """
     need_slurm("submit on a login node, or add --on local")
     code = code_hash()

@@ -18,7 +18,7 @@ import submitit
 
 from longclip.errors import SiteError
 from longclip.launch import canary as canaries
-from longclip.launch.job import check_slurm, save_seconds, start
+from longclip.launch.job import LIMITS, QueueFull, check_slurm, save_seconds, start
 from longclip.launch.plan import Plan, known_attempts, problems
 from longclip.launch.scheduler import jobs_of_mine
 from longclip.launch.site import Site
@@ -30,13 +30,6 @@ from longclip.run.attempts import Attempt, attempts_of, new_attempt
 from longclip.run.folder import dump_experiment, read_json, write_json, write_text
 from longclip.track.lease import Lease
 from longclip.track.stream import streamable
-
-LIMITS = ("MaxSubmit", "MaxJobs", "GrpSubmit", "job submit limit", "AssocGrp", "QOSMax")
-"""In sbatch's words: this user has as many jobs in the queue as may be"""
-
-
-class QueueFull(SiteError):
-    """The site takes no more jobs now; what was queued stays, the rest waits for the next submit."""
 
 
 def warnings(plans: Sequence[Plan], site: Site) -> list[str]:
@@ -64,7 +57,7 @@ def submit(
     its memory shape has been tried out.
 
     Raises:
-        QueueFull: the site takes no more; those that were yielded are queued, the others wait.
+        QueueFull: the site takes no more; those that were yielded are queued, the others (or all) wait.
         LongclipError: something stands in the way; nothing has been queued.
     """
     for problem in problems(plans):

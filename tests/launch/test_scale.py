@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from longclip import submission
 from longclip.launch.plan import plan
 from longclip.launch.site import Site
 from longclip.launch.submit import submit
@@ -104,10 +105,12 @@ def test_what_another_submit_has_queued_since_the_plan_is_left_alone(calls: Call
     assert calls.since() == {"sbatch--test-only": 2, "sbatch": 6, "squeue": 3}
 
 
+# As Slurm 22.05 does at MaxSubmitJobs, also when only asked whether it would take the job.
 FULL = """\
-if [ "$1" != --test-only ] && [ "$(squeue -h -o %A | wc -l)" -ge 4 ]; then
+if [ "$(squeue -h -o %A | wc -l)" -ge 4 ]; then
   echo "sbatch: error: AssocMaxSubmitJobLimit" >&2
-  echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy (job submit limit)" >&2
+  said="Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+  echo "sbatch: error: Batch job submission failed: $said" >&2
   exit 1
 fi
 exec "$real" "$@"
@@ -126,8 +129,34 @@ def test_what_the_site_has_no_room_for_waits(calls: Calls, tmp_path: Path, says:
     said = longclip(*words, cwd=tmp_path)
     assert "(4 jobs)" in said and "2 runs wait" in said, said
     assert longclip("status", "--runs", tmp_path / "runs", cwd=tmp_path).count("waiting") == 2
+    assert "2 runs wait" in longclip(*words, cwd=tmp_path), "the queue is still full"
     profile.write_text("name: plain\n")
     (tmp_path / "bin" / "sbatch").unlink(missing_ok=True)
     assert "(2 jobs)" in longclip(*words, cwd=tmp_path)
     assert len(subprocess.check_output(["squeue", "-h"]).splitlines()) == 6
     assert all(len(attempts_of(run)) == 1 for run in runs_of(tmp_path / "runs"))
+
+
+def test_waiting_for_room_begins_nothing_again(calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--wait``: two of four end badly while two wait; those two get their places, and nobody a second turn."""
+    from longclip.experiment.load import load
+
+    (tmp_path / "bin" / "sbatch").unlink()
+    wrapper(tmp_path / "bin", "sbatch", FULL)
+    site = Site(runs=tmp_path / "runs")
+    plans = plan(load([write_sweep(tmp_path, 3)]), site)
+    pauses = []
+
+    def two_die(seconds: float) -> None:
+        if seconds < 30:  # of others
+            return
+        pauses.append(seconds)
+        for one in plans[:2]:
+            (attempt,) = attempts_of(one.run)
+            attempt.end("killed", 0, "out of luck")
+            subprocess.run(["scancel", str(attempt.job)], check=True)
+
+    monkeypatch.setattr(submission.time, "sleep", two_die)
+    monkeypatch.setattr(submission.screen, "watch", lambda runs: None)
+    assert submission.carry_out(plans, site, "slurm", wait=True) == 1
+    assert len(pauses) == 1 and all(len(attempts_of(one.run)) == 1 for one in plans)
