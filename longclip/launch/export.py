@@ -81,7 +81,7 @@ def choose(run: RunFolder, which: str, also: str = "") -> Path:
     if not found:
         raise UserError(f"{run.name}: has no checkpoint yet", f"longclip status {run.name}")
     if which == "last":
-        return found[-1]
+        return checkpoints.last(run.checkpoints)
     if which == "best":
         best = checkpoints.state_of(found[-1]).get("best")
         if not best:

@@ -94,6 +94,11 @@ def plan(loaded: Sequence[Loaded], site: Site, retry: bool = False) -> list[Plan
                 each.resolved.problems.append(
                     UserError(f"{lineage.KEY}: {parent.name} {told}", f"submit or longclip retry {parent.name} first")
                 )
+            elif theirs.state == "finished" and each.experiment.model.init is not None:
+                try:  # before the queue: its last checkpoint may have been pruned
+                    lineage.origin(parent.path, each.experiment.model.init.source)
+                except LongclipError as error:
+                    each.resolved.problems.append(error)
     return plans
 
 

@@ -25,7 +25,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from longclip.errors import LongclipError
+from longclip.errors import LongclipError, UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHTS = "weights"
@@ -78,6 +78,15 @@ def pointer(folder: Path) -> str | None:
         return str(json.loads((folder / LATEST).read_text())["checkpoint"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def last(folder: Path) -> Path:
+    """The newest checkpoint that was published. Raises UserError where it is gone: one before it is another model."""
+    found, named = published(folder), pointer(folder)
+    if not found or named not in (None, found[-1].name):
+        there = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"{folder}: the last checkpoint, {named}, is gone (pruned, or set aside); there is {there}")
+    return found[-1]
 
 
 def state_of(path: Path) -> dict[str, Any]:

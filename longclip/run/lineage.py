@@ -15,7 +15,7 @@ from typing import Any
 
 from longclip.errors import LongclipError, UserError
 from longclip.run.attempts import FINISHED, attempts_of
-from longclip.run.checkpoints import MANIFEST, WEIGHTS, published, state_of
+from longclip.run.checkpoints import MANIFEST, WEIGHTS, last, published, state_of
 from longclip.run.folder import RunFolder, find_runs, read_json
 from longclip.run.verdicts import verdict_of
 
@@ -85,7 +85,7 @@ def origin(folder: Path, reference: str) -> tuple[Path, dict[str, Any]]:
     """The folder whose weights ``reference`` means, and the record of it; ``folder`` is where submit found it.
 
     Raises:
-        LongclipError: it is a run that has not finished, or whose checkpoint is gone.
+        LongclipError: it is a run that has not finished, or whose checkpoint is gone (pruned).
         UserError: there are no weights.
     """
     run = RunFolder(folder)
@@ -95,8 +95,13 @@ def origin(folder: Path, reference: str) -> tuple[Path, dict[str, Any]]:
             raise LongclipError(f"{KEY}: {run.name} has not finished", f"longclip status {run.name}")
         if not (there := published(run.checkpoints)):
             raise LongclipError(f"{KEY}: {run.name} has no checkpoint left")
-        best = state_of(there[-1])["best"]["checkpoint"] if wants_best(reference) else there[-1].name
-        folder = run.checkpoints / best
+        if wants_best(reference):
+            folder = run.checkpoints / state_of(there[-1])["best"]["checkpoint"]
+        else:
+            try:
+                folder = last(run.checkpoints)
+            except UserError as error:
+                raise UserError(f"{KEY}: {error.message}", f"run:{run.name}{_BEST} is the best by validation") from None
         record |= {"run": run.name, "sweep": run.sweep, "checkpoint": folder.name}
         record |= {"samples": state_of(folder)["samples"], "context_length": run.experiment().model.context_length}
         if (run.path / ORIGIN).is_file():

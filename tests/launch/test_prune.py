@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from longclip.errors import LongclipError
+from longclip.errors import LongclipError, UserError
+from longclip.launch.export import choose
 from longclip.launch.prune import ABANDONED, free, plan
-from longclip.run import checkpoints
+from longclip.run import checkpoints, lineage
 from longclip.run.folder import RunFolder, read_json, write_json
 from tests.helpers import add_attempt, end, experiment, make_run, save_test, train
 from tests.launch.small import longclip
@@ -179,3 +180,14 @@ def test_the_command_shows_before_it_frees(tmp_path: Path) -> None:
     assert json.loads((on.checkpoints / "latest").read_text()) == {"checkpoint": "step-00000005"}
     assert "nothing can go" in longclip("prune", "--yes", "--runs", tmp_path, cwd=tmp_path)
     assert "Invalid value" in longclip("prune", "--keep-last", "0", "--runs", tmp_path, cwd=tmp_path, code=2)
+
+
+def test_what_was_pruned_is_not_replaced_by_what_is_left(tmp_path: Path) -> None:
+    """ "As the run ended", for a child or an export, is not the best checkpoint, which alone stays."""
+    run = make(tmp_path, "finished")
+    assert choose(run, "last").name == lineage.origin(run.path, f"run:{run.name}")[0].name == "step-00000005"
+    free(plan([run], 1)[0])
+    for ask in (lambda: choose(run, "last"), lambda: lineage.origin(run.path, f"run:{run.name}")):
+        with pytest.raises(UserError, match=r"last checkpoint, step-00000005, is gone .*; there is step-00000002"):
+            ask()
+    assert choose(run, "best").name == lineage.origin(run.path, f"run:{run.name}@best")[0].name == "step-00000002"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_a_77_run_continued_as_a_512_arm(tmp_path: Path) -> None:
     (sweep / "parent.yaml").write_text(PARENT)
     (sweep / "child.yaml").write_text(CHILD)
     runs = tmp_path / "runs"
-    one = ("--set", "slurm.tasks_per_node=1", "--runs", runs)
+    one = ("--set", "slurm.tasks_per_node=1", "--set", "checkpoint.every=3 steps", "--runs", runs)
     said = longclip("submit", sweep / "child.yaml", "--dry-run", *one, cwd=tmp_path, code=None)
     assert "ctx77: no such run or sweep" in said
     longclip("submit", sweep / "child.yaml", sweep / "parent.yaml", "--on", "local", *one, cwd=tmp_path)
@@ -184,6 +185,10 @@ def test_a_77_run_continued_as_a_512_arm(tmp_path: Path) -> None:
     assert f"began with  {parent.name} {record['checkpoint']}" in " ".join(shown.split("\n"))
     assert child.identity()["model.init.from"] == lineage.pin_of_run(parent.identity(), "run:ctx77@best")
     assert "nothing to queue" in longclip("submit", sweep / "child.yaml", "--on", "local", *one, cwd=tmp_path)
+    shutil.rmtree(max(parent.checkpoints.glob("step-*")))  # as prune does with what is not the best
+    late = ("--set", "name=late", "--set", "model.init={from: run:ctx77}", *one)
+    said = longclip("submit", sweep / "child.yaml", "--on", "local", *late, cwd=tmp_path, code=2)
+    assert "model.init.from" in said and "is gone" in said and f"run:{parent.name}@best" in said, said
 
 
 def test_runs_that_begin_from_each_other_are_refused(tmp_path: Path) -> None:
