@@ -174,7 +174,7 @@ def state_of(run: RunFolder, words: Words) -> tuple[str, str]:
         return "unknown", (word.detail or f"job {job}: the scheduler does not answer") + before
     verdict = _of_word(word, job, last, verdict)
     waiting = f"; {', '.join(alive)} will leave by themselves" if alive else ""
-    stuck = stays(run) if verdict.kind in OWN else None
+    stuck = stays(run) if verdict.kind in (*OWN, "node failed") else None
     if stuck and stuck != CANCELLED:
         return "no progress", stuck + waiting
     return verdict.kind, verdict.message + waiting

@@ -24,6 +24,8 @@ REQUEUED = "requeued-by-slurm"
 """In the folder of an attempt that left no word, and whose job Slurm started again unasked (launch/restart.py)"""
 SAME_CHECKPOINT = 3
 """Own failures in a row from one checkpoint that end a run, wherever after it they happened"""
+NODES_IN_A_ROW = 3
+"""Preflights in a row that blamed the only node they had, and end a run: it is not the nodes, then"""
 
 _LOST_PEER = re.compile(
     r"Connection (?:reset|closed) by peer|Broken pipe|Connection refused|remote process exited", re.I
@@ -179,7 +181,7 @@ def stays(run: RunFolder) -> str | None:
         return last.kind
     if last.kind in NEEDS_HANDS:
         return f"{last.kind}: {last.message}"
-    return no_progress(attempts, verdicts)
+    return no_progress(attempts, verdicts) or _no_node(attempts, verdicts)
 
 
 def no_progress(attempts: list[Attempt], verdicts: list[Verdict]) -> str | None:
@@ -196,3 +198,16 @@ def no_progress(attempts: list[Attempt], verdicts: list[Verdict]) -> str | None:
             f"{failed} failures in a row from sample {begun.pop() or 0:,}, the last: {last.kind} {last.message}".strip()
         )
     return None
+
+
+def _no_node(attempts: list[Attempt], verdicts: list[Verdict]) -> str | None:
+    """Set where node after node is found sick by a run of one node; with more, those that pass bear witness."""
+    recent = list(zip(attempts, verdicts, strict=True))[-NODES_IN_A_ROW:]
+    blamed = [
+        v.kind == "node failed" and v.source == "worker" and a.resumed_at is None and len(a.started["nodes"]) == 1
+        for a, v in recent
+        if a.started and "nodes" in a.started
+    ]
+    if len(blamed) < NODES_IN_A_ROW or not all(blamed):
+        return None
+    return f"{NODES_IN_A_ROW} nodes in a row failed the preflight, so they are hardly to blame: {verdicts[-1].message}"

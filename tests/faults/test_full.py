@@ -106,6 +106,16 @@ def test_a_node_dies(trial: Make, undisturbed: Record, which: int, name: str) ->
     assert node not in one.attempts[-1].started["nodes"]  # type: ignore[index]
 
 
+def test_what_ails_every_node_ends_the_run(trial: Make) -> None:
+    """A worker that sees no GPU, as in a container without --nv: not all nodes of the partition are tried."""
+    one = trial({"slurm.nodes": 1, "slurm.tasks_per_node": 1, "slurm.gpus_per_node": 1})
+    one.submit()
+    row = one.wait_state("no progress")
+    assert "3 nodes in a row failed the preflight" in row["note"] and "0 of 1 GPUs" in row["note"], row
+    assert one.verdicts() == ["node failed"] * 3
+    assert len({node for a in one.attempts for node in a.started["nodes"]}) == 3  # type: ignore[index]
+
+
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 

@@ -207,6 +207,31 @@ def test_own_failures_are_bounded_by_progress(
     assert stays(run) is None, "a person who submits again begins the count anew"
 
 
+@pytest.mark.parametrize(
+    ("nodes", "begun", "goes_on"),
+    [
+        ([["n1"], ["n2"]], False, True),
+        ([["n1"], ["n2"], ["n3"]], False, False),
+        ([["n1"], ["n2"], ["n3"]], True, True),
+        ([["n1", "n2"], ["n1", "n3"], ["n1", "n4"]], False, True),
+    ],
+)
+def test_node_after_node_is_not_to_blame(run: RunFolder, nodes: list[list[str]], begun: bool, goes_on: bool) -> None:
+    """A Python without CUDA sees no GPU on any node; with one node a run, no other is there to compare with."""
+    for i, names in enumerate(nodes):
+        attempt = claim(run, add_attempt(run, 0).number + 1 if i == 0 else i + 2, "101", {"nodes": names})
+        if i == 0:
+            end(Attempt(run.attempts / "0001"), "preempted", 0, START)
+        if begun:
+            attempt.begin(0)
+        attempt.fail(0, "node failed", 0, f"node {names[0]} failed its preflight: 0 of 4 GPUs are to be seen", "")
+    why = stays(run)
+    assert (why is None) is goes_on, why
+    if why:
+        assert "3 nodes in a row failed the preflight" in why and "0 of 4 GPUs" in why
+        assert said(run, Word("FAILED")) == "no progress"
+
+
 def test_the_first_rank_that_failed_is_blamed(run: RunFolder) -> None:
     attempt = add_attempt(run, 0)
     attempt.fail(1, "crashed", 100, "ValueError: the culprit", "")
