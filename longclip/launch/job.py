@@ -27,7 +27,7 @@ from longclip.launch.site import Site
 from longclip.launch.snapshot import Snapshot, code_hash, place
 from longclip.run.attempts import Attempt
 from longclip.run.folder import RunFolder
-from longclip.run.journal import SAVE_SECONDS, effective, series
+from longclip.run.journal import longest_save
 
 LIMITS = ("MaxSubmit", "MaxJobs", "GrpSubmit", "job submit limit", "AssocGrp", "QOSMax")
 """In sbatch's words: this user has as many jobs in the queue as may be"""
@@ -43,7 +43,7 @@ def slurm_parameters(experiment: Experiment, run: RunFolder, site: Site, code: P
     parameters = {
         "job_name": f"{run.sweep}/{run.name}",
         **resources(ask, site, code),
-        "signal_delay_s": restart.lead(parse_time(ask.time), save_seconds(run)),
+        "signal_delay_s": restart.lead(parse_time(ask.time), longest_save(run)),
         "wckey": None,
     }
     # --chdir: a package that lies in the folder of submission must not come before the installed one; the batch script
@@ -95,13 +95,6 @@ def resources(ask: Slurm, site: Site, code: Path) -> dict[str, Any]:
     if memory is not None:
         parameters["mem"] = f"{int(memory * 1024)}M"
     return parameters
-
-
-def save_seconds(run: RunFolder) -> float | None:
-    """The longest that a save of this run has taken, by its journal; None before the first."""
-    if not run.exists():
-        return None
-    return max((seconds for _, seconds in series(effective(run), SAVE_SECONDS)), default=None)
 
 
 def setup_lines(site: Site, cpus: int | None, code: Path) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import time
 from pathlib import Path
 
 from longclip.run.attempts import attempts_of
@@ -113,6 +114,32 @@ def lead(limit_minutes: int, save_seconds: float | None) -> int:
     """
     wanted = SIGNAL_LEAD if save_seconds is None else SLACK + max(30, 3 * save_seconds)
     return int(max(1, min(wanted, limit_minutes * 60 / 4)))
+
+
+class TimeLimit:
+    """The clock of one job. Slurm's signal comes as long before the end as submit asked for: the saves may have become
+    slower since then, and a job that is requeued keeps the signal of its first life."""
+
+    def __init__(self, minutes: int, begun: float, longest_save: float | None) -> None:
+        """``begun``: when the worker was (seconds since 1970); ``longest_save``: of the run so far, in seconds."""
+        self.minutes, self._save = minutes, longest_save
+        self._end = float(os.environ.get("SLURM_JOB_END_TIME", begun + minutes * 60))  # set since Slurm 23.02
+
+    def saved(self, seconds: float) -> None:
+        self._save = max(seconds, self._save or 0.0)
+
+    @property
+    def lead(self) -> int:
+        return lead(self.minutes, self._save)
+
+    @property
+    def left(self) -> float:
+        """seconds"""
+        return self._end - time.time()
+
+    def is_near(self) -> bool:
+        """Whether it is time to save and leave."""
+        return in_slurm() and self.left < self.lead
 
 
 def in_slurm() -> bool:

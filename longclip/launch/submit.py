@@ -18,7 +18,7 @@ import submitit
 
 from longclip.errors import SiteError
 from longclip.launch import canary as canaries
-from longclip.launch.job import LIMITS, QueueFull, check_slurm, save_seconds, start
+from longclip.launch.job import LIMITS, QueueFull, check_slurm, start
 from longclip.launch.plan import Plan, known_attempts, problems
 from longclip.launch.scheduler import jobs_of_mine
 from longclip.launch.site import Site
@@ -28,6 +28,7 @@ from longclip.launch.suites import write_suites
 from longclip.run import lineage
 from longclip.run.attempts import Attempt, attempts_of, new_attempt
 from longclip.run.folder import dump_experiment, read_json, write_json, write_text
+from longclip.run.journal import longest_save
 from longclip.track.lease import Lease
 from longclip.track.stream import streamable
 
@@ -41,7 +42,7 @@ def warnings(plans: Sequence[Plan], site: Site) -> list[str]:
             "take it from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     for plan in plans:
-        taken = save_seconds(plan.run) if plan.queues else None
+        taken = longest_save(plan.run) if plan.queues else None
         if taken is not None and site.grace_s is not None and taken > site.grace_s:
             found.append(
                 f"{plan.run.name}: a save takes {taken:.0f} s, preemption leaves {site.grace_s} s: the loss is "

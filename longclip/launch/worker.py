@@ -31,6 +31,7 @@ from longclip.launch.snapshot import OtherCode, check_imported, code_hash
 from longclip.launch.suites import suites_of
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, Superseded, claim
 from longclip.run.folder import RunFolder, load_experiment, read_json, write_json
+from longclip.run.journal import longest_save
 from longclip.run.verdicts import stays
 from longclip.track.stream import start_stream
 
@@ -155,7 +156,7 @@ def _train_claimed(
     from longclip.train.loop import Job, train
     from longclip.train.watch import Watch
 
-    begun = time.time()
+    limit = restart.TimeLimit(parse_time(experiment.slurm.time), time.time(), longest_save(record))
     report = preflight(attempt.path, ranks, who, needs_of(experiment, paths))
     if ranks.rank == 0:
         print(f"preflight: {report.seconds:.1f} s", *report.warnings, sep="\n  ", flush=True)
@@ -167,15 +168,15 @@ def _train_claimed(
             _seen = samples
             watch.beat(samples)
 
-        job = Job(record, attempt, experiment, paths, beat, suites)
+        job = Job(record, attempt, experiment, paths, beat, limit.saved, suites)
         if is_canary:  # it takes minutes, and has nothing that were worth saving at a signal
             canary(job, ranks)
             verdict = FINISHED
         else:
-            verdict = train(job, ranks, lambda: _Signals.received is not None)
+            verdict = train(job, ranks, lambda: _Signals.received is not None or limit.is_near())
     message = ""
     if verdict == INTERRUPTED:
-        verdict, message = why_interrupted(ranks, begun, parse_time(experiment.slurm.time))
+        verdict, message = why_interrupted(ranks, limit)
     if ranks.rank == 0:
         attempt.end(verdict, _seen, message)
     ranks.agree(True)  # nobody leaves before the verdict is written
@@ -253,19 +254,21 @@ def stop_at_step_boundary(with_ctrl_c: bool = False) -> None:
         signal.signal(signum, _Signals.note)
 
 
-def why_interrupted(ranks: Ranks, begun: float, limit_minutes: int) -> tuple[str, str]:
-    """Verdict and message for a run that a signal stopped. Collective: it may have reached some ranks only.
+def why_interrupted(ranks: Ranks, limit: restart.TimeLimit) -> tuple[str, str]:
+    """Verdict and message for a run that a signal stopped, or the clock. Collective: a signal may have reached some
+    ranks only.
 
     USR2 comes before the time limit, and on some clusters at preemption too; the clock tells which. Outside Slurm
     nobody preempts.
     """
     signum = int(max(ranks.gather(float(_Signals.received or 0))))
-    name = signal.Signals(signum).name if signum else "a signal"
+    name = signal.Signals(signum).name if signum else "the clock"
     if not restart.in_slurm():
         return INTERRUPTED, f"{name}, saved"
-    left = begun + limit_minutes * 60 - time.time()
-    if signum == signal.SIGUSR2 and left < restart.lead(limit_minutes, None) + restart.SLACK + STARTING:
-        return "timed out", f"{name} {left / 60:.0f} min before the time limit, saved"
+    # The signal's lead may be that of a first life, which had not saved yet.
+    lead = max(limit.lead, restart.lead(limit.minutes, None))
+    if signum in (0, signal.SIGUSR2) and limit.left < lead + restart.SLACK + STARTING:
+        return "timed out", f"{name} {limit.left / 60:.0f} min before the time limit, saved"
     return "preempted", f"{name}, saved"
 
 

@@ -114,3 +114,10 @@ def text_shares(points: Sequence[Point], window: int) -> tuple[float, float] | N
         return None
     lost = sum(p.metrics["text/tokens_cut"] for p in counted)
     return lost / (kept + lost), 1.0 - kept / (counted[-1].samples * window)
+
+
+def longest_save(run: RunFolder) -> float | None:
+    """The longest that a save of this run has taken, in seconds; None before the first."""
+    if not run.exists():
+        return None
+    return max((seconds for _, seconds in series(effective(run), SAVE_SECONDS)), default=None)

@@ -72,6 +72,8 @@ class Job:
     """folders of datasets, towers and tokenizer, by dotted key of the experiment"""
     beat: Callable[[int], None] = lambda samples: None
     """called at every sign of life with the pairs seen so far"""
+    saved: Callable[[float], None] = lambda seconds: None
+    """called after every save with the seconds that it took"""
     suites: Sequence[Resolved] = ()
     """what the chosen checkpoint is scored on in the end, besides the test set"""
 
@@ -131,6 +133,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         if journal:
             journal.write(state["step"], state["samples"], {SAVE_SECONDS: seconds})
         saved, saved_at = state["samples"], time.monotonic()
+        job.saved(seconds)
         alive()
 
     def alive() -> None:

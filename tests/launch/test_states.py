@@ -11,7 +11,7 @@ from rich.console import Console
 
 from longclip import screen
 from longclip.errors import SiteError, UserError
-from longclip.launch import worker
+from longclip.launch import restart, worker
 from longclip.launch.cancel import cancel_runs
 from longclip.launch.scheduler import Word, Words
 from longclip.launch.status import state_of, statuses
@@ -230,6 +230,22 @@ def test_node_after_node_is_not_to_blame(run: RunFolder, nodes: list[list[str]],
     if why:
         assert "3 nodes in a row failed the preflight" in why and "0 of 4 GPUs" in why
         assert said(run, Word("FAILED")) == "no progress"
+
+
+def test_the_clock_knows_how_long_saves_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's signal has the lead of a first life, two minutes; a save of a minute asks for four."""
+    now = time.time()
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    limit = restart.TimeLimit(240, now - 240 * 60 + 200, None)
+    assert not limit.is_near() and limit.left == pytest.approx(200, abs=5)
+    limit.saved(60)
+    limit.saved(1)
+    assert limit.lead == 240 and limit.is_near()
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now + 3600)))
+    assert not restart.TimeLimit(240, now, 60).is_near() and restart.TimeLimit(240, now, 2000).is_near()
+    monkeypatch.delenv("SUBMITIT_EXECUTOR")
+    assert not restart.TimeLimit(240, now, 2000).is_near(), "here there is none"
 
 
 def test_the_first_rank_that_failed_is_blamed(run: RunFolder) -> None:
