@@ -35,6 +35,9 @@ T = TypeVar("T")
 RETRIES = 3
 """times that a failed read is tried again before the attempt fails; the wait doubles from one second"""
 
+AHEAD = 4
+"""batches that each worker process of a loader holds ready, in shared memory"""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -179,7 +182,7 @@ def training_batches(
         batch_size=None,
         sampler=steps,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=AHEAD if workers else None,
         multiprocessing_context="fork" if workers else None,
     )
     return iter(loader)

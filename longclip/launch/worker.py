@@ -233,17 +233,19 @@ def _claim_alone(record: RunFolder, number: int, facts: dict[str, Any]) -> tuple
 
 def needs_of(experiment: Experiment, paths: Mapping[str, str]) -> Needs:
     """What the preflight shall find on every node."""
+    from longclip.data.loader import AHEAD
     from longclip.model.clip import count_parameters
+    from longclip.model.towers import pixels_of
     from longclip.train.loop import localized
 
-    parameters = count_parameters(localized(experiment.model, paths))
-    image = int(3 * 4 * (experiment.model.image.config or {}).get("image_size", 224) ** 2)
+    spec = localized(experiment.model, paths)
+    parameters = count_parameters(spec)
     share = experiment.train.global_batch // experiment.slurm.nodes
+    image = 3 * pixels_of(spec.image).size ** 2
     return Needs(
         gpus=experiment.slurm.gpus_per_node,
         memory=2**28 + 4 * parameters,
-        # each worker process holds two batches of its rank ahead
-        shm=2 * share * image * experiment.engine.loader_workers,
+        shm=AHEAD * share * image * experiment.engine.loader_workers,
         disk=2 * 12 * parameters,
     )
 

@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 
+from longclip.data.loader import AHEAD
+from longclip.experiment.load import load
 from longclip.launch import node
 from longclip.launch.node import check_device, check_folder, ecc_problems
 from longclip.launch.preflight import excluded
+from longclip.launch.worker import needs_of
 from longclip.run.folder import read_json
+from tests.launch.small import make_sweep
 
 HERE = Path(__file__).parent
 MORE_THAN_THERE_IS = 10**18
@@ -192,3 +196,13 @@ def test_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_the_front_reads_exclusions_without_torch() -> None:
     script = "import sys, longclip.launch.preflight; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_shared_memory_is_what_the_loader_s_workers_hold(tmp_path: Path) -> None:
+    """Bytes of the batches that 3 processes a rank hold ready: 2 ranks of a node, 12 images of 16 x 16 each."""
+    sweep = make_sweep(tmp_path, (4,))
+    text = (sweep / "_base.yaml").read_text().replace("loader_workers: 0", "loader_workers: 3")
+    (sweep / "_base.yaml").write_text(text)
+    (asked,) = load([sweep / "ctx4.yaml"])
+    needs = needs_of(asked.experiment, {})
+    assert needs.shm == 2 * 3 * AHEAD * 12 * (3 * 16 * 16)
