@@ -11,7 +11,7 @@ from longclip.launch.scheduler import Word, Words, ask
 from longclip.run.attempts import CANCELLED, FINISHED, Attempt, attempts_of
 from longclip.run.folder import RunFolder
 from longclip.run.hours import rank_hours
-from longclip.run.journal import Point, effective, series
+from longclip.run.journal import Point, laid, read_points, series
 from longclip.run.verdicts import INFRASTRUCTURE, OWN, Verdict, from_log, log_text, stays, trail, verdict_of
 
 CONTINUES = (*INFRASTRUCTURE, "killed", "waiting", "lost", "rejected")
@@ -105,13 +105,14 @@ def _is_local(attempt: Attempt) -> bool:
 
 def _status(run: RunFolder, words: Words) -> Status:
     attempts = attempts_of(run)
-    points = effective(run)
+    journals = {a: read_points(a.journal) for a in attempts}
+    points = laid(attempts, journals)
     state, note = state_of(run, words)
     losses, recalls = series(points, "train/loss"), series(points, "val/mean_recall_at_1")
     speeds = series(points, "speed/samples_per_second")
     totals = [s["samples"] for a in reversed(attempts) if (s := a.submitted) and s.get("samples")]
     total = totals[0] if totals else run.experiment().train.samples
-    hours, lost = rank_hours(attempts)
+    hours, lost = rank_hours(attempts, journals)
     on_gpu = any("cuda" in str((a.started or {}).get("device")) for a in attempts)
     return Status(
         run,

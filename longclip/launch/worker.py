@@ -29,6 +29,7 @@ from longclip.launch.node import Needs
 from longclip.launch.preflight import NodeFault, excluded, preflight
 from longclip.launch.snapshot import OtherCode, check_imported, code_hash
 from longclip.launch.suites import suites_of
+from longclip.run import checkpoints
 from longclip.run.attempts import FINISHED, INTERRUPTED, Attempt, Superseded, claim
 from longclip.run.folder import RunFolder, load_experiment, read_json, write_json
 from longclip.run.journal import longest_save
@@ -403,10 +404,10 @@ def kind_of(error: BaseException) -> tuple[str, str]:
 
 
 def _last_good(record: RunFolder) -> str:
+    newest = checkpoints.pointer(record.checkpoints)
     try:
-        newest = str(read_json(record.checkpoints / "latest")["checkpoint"])
-        return f"{newest} ({int(read_json(record.checkpoints / newest / 'state.json')['samples']):,} samples)"
-    except (OSError, ValueError, KeyError, TypeError):
+        return f"{newest} ({checkpoints.state_of(record.checkpoints / newest)['samples']:,} samples)" if newest else ""
+    except (OSError, LongclipError, KeyError):
         return ""
 
 
