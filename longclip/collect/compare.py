@@ -14,7 +14,7 @@ from longclip.collect.comparison import MEAN, RECALLS, VAL, Cell, Comparison, De
 from longclip.collect.progress import area, at, hours_at, last_evaluation
 from longclip.collect.references import Reference
 from longclip.collect.row import TEST, Row, Scores, count, reaches, state
-from longclip.collect.scores import External
+from longclip.collect.scores import External, together
 from longclip.errors import UserError
 
 
@@ -39,13 +39,15 @@ def compare(
     cut = min((s for r in rows if (s := last_evaluation(r)) is not None), default=None) if trim else None
     arms, choices = choose(arms, best_over, cut)
     lines = [line for arm in arms for line in _lines(arm, arms, cut, goal)]
-    lines += [line for model in externals for line in _external(model, lines)]
+    tests = [s for line in lines if line.task == TEST for s in line.scored]
+    lines += [line for model in externals for line in _external(model, tests)]
+    lines = _apart(lines)
     lines = [_against(line, _baseline(line, lines)) for line in lines]
     lines += [_reported(one) for one in references]
     order = list(dict.fromkeys(line.task for line in lines))
     order.sort(key=lambda task: task not in (TEST, VAL))
     lines.sort(key=lambda line: order.index(line.task))
-    said = [*differences(rows), *missing_seeds(arms), *_cut_off(rows, cut)]
+    said = [*differences(rows), *missing_seeds(arms), *_cut_off(rows, cut), *_other_queries(externals, tests)]
     return Comparison(tuple(rows), tuple(lines), tuple(said), tuple(choices), cut, goal)
 
 
@@ -157,7 +159,7 @@ def _without_training(line: Line, there: Sequence[Scores]) -> Line:
 
 def scores_of(there: Sequence[Scores]) -> dict[str, Cell]:
     """The metrics of one task and window, each folded over the seeds; recalls with their intervals over queries."""
-    same = len({(s.data, s.convention) for s in there}) == 1
+    same = all(s.alike(there[0]) for s in there)
     found = {}
     for name in dict.fromkeys(k for s in there for k in s.metrics):
         values = tuple(float(s.metrics[name]) for s in there if name in s.metrics)
@@ -203,11 +205,10 @@ def _with_goals(line: Line, smallest: Sequence[Row], cut: int | None, goal: floa
     return replace(line, **{k: fold(v, len(line.rows)) for k, v in found.items()})  # type: ignore[arg-type]
 
 
-def _external(model: External, lines: Sequence[Line]) -> Iterable[Line]:
+def _external(model: External, tests: Sequence[Scores]) -> Iterable[Line]:
     """A model from outside on its tasks; what is on the test set of the runs stands among them."""
-    tested = {line.data for line in lines if line.task == TEST and line.data}
     accuracy = fold([float(np.mean(list(model.accuracy.values())))], 1) if model.accuracy else None
-    places = [(TEST if s.data in tested else s.task, s) for s in model.scores]
+    places = [(s.task, s) for s in together((), model.scores, tests)]
     if accuracy and not any(task == TEST for task, _ in places):
         places.insert(0, (TEST, Scores(TEST, "", model.context_length or 0, {}, {})))
     for task, s in places:
@@ -230,6 +231,39 @@ def _external(model: External, lines: Sequence[Line]) -> Iterable[Line]:
             data=s.data,
             called=s.called,
         )
+
+
+def _apart(lines: Sequence[Line]) -> list[Line]:
+    """A suite's task takes each model's own text where it names none: one table for each text that was taken."""
+    texts: dict[str, set[str]] = {}
+    for line in lines:
+        texts.setdefault(line.task, set()).update(s.text for s in line.scored if s.text is not None)
+    found = []
+    for line in lines:
+        text = line.scored[0].text if line.scored else None
+        if line.task not in (TEST, VAL) and text is not None and len(texts[line.task]) > 1:
+            name = f"{line.task} ({text})"
+            line = replace(line, task=name, called=name)
+        found.append(line)
+    return found
+
+
+def _other_queries(externals: Sequence[External], tests: Sequence[Scores]) -> list[str]:
+    """Models from outside that were scored on the test set's shards, and are in a table of their own all the same."""
+    found = []
+    for model in externals:
+        for s in model.scores:
+            theirs = next((test for test in tests if test.data == s.data), None)
+            if theirs is None or any(s.alike(test) for test in tests):
+                continue
+            key = "convention" if s.convention != theirs.convention else "text"
+            ours, others = getattr(s, key), getattr(theirs, key)
+            found.append(
+                f"{model.name}: {s.task} at window {s.window} is of the test set's shards with {key} {ours}, the runs' "
+                f"test with {others}: not compared with it ({key}: {others} in the suite's task, and longclip "
+                "evaluate, does that)"
+            )
+    return found
 
 
 def _reported(one: Reference) -> Line:
@@ -273,6 +307,8 @@ def _baseline(line: Line, lines: Sequence[Line]) -> Line | None:
 
 def _against(line: Line, base: Line | None) -> Line:
     if base is None or not line.counts or not line.scores or not line.data or line.data != base.data:
+        return line
+    if len({s.text for x in (line, base) for s in x.scored} - {None}) > 1:
         return line
     deltas = {}
     for name in (*RECALLS, MEAN):

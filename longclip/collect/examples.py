@@ -111,7 +111,7 @@ def _arms(lines: Sequence[Line]) -> tuple[tuple[Row, Scores], tuple[Row, Scores]
         for seed in (s for s in by_seed[0] if s in by_seed[1]):
             short, long = by_seed[0][seed], by_seed[1][seed]
             same = [len(set(map(len, s.ranks.values()))) == 1 for _, s in (short, long)]
-            if short[1].data == long[1].data and all(same):
+            if short[1].alike(long[1]) and all(same):
                 return short, long
     return "the ranks of single queries were not kept, or not of the same data (evaluations/test.npz)"
 

@@ -31,7 +31,7 @@ def arranged(rows: Sequence[Row]) -> list[Row]:
 def row_of(facts: Mapping[str, Any], curves: Mapping[str, Curve], run: RunFolder | None) -> Row:
     """A row from a run's summary (run/summary.py) and its curves."""
     test = facts["test"] or {}
-    return Row(
+    row = Row(
         run=run,
         sweep=facts["sweep"],
         folder=facts["name"],
@@ -57,8 +57,9 @@ def row_of(facts: Mapping[str, Any], curves: Mapping[str, Curve], run: RunFolder
         hours_lost=facts["hours_lost"],
         on_gpu=facts["on_gpu"],
         codes=tuple(facts["codes"]),
-        scores=tuple(of_test(test, run.evaluations / "test.json" if run else None, facts["test_set"])),
     )
+    file = run.evaluations / "test.json" if run else None
+    return replace(row, scores=tuple(of_test(test, file, row.test_set, row.text)))
 
 
 def _row(run: RunFolder) -> Row:
@@ -67,8 +68,8 @@ def _row(run: RunFolder) -> Row:
     facts = summary(run, attempts, journals)
     row = row_of(facts, curves_of(laid(attempts, journals)), run)
     chosen = (facts["test"] or {}).get("checkpoint")
-    suites, accuracy, records, missing = of_suites(run.evaluations, chosen, row.test_hash)
-    scores = together(row.scores, suites)
+    suites, accuracy, records, missing = of_suites(run.evaluations, chosen)
+    scores = together(row.scores, suites, row.scores)
     return replace(row, scores=scores, accuracy=accuracy, records=records, notes=tuple(missing))
 
 

@@ -70,7 +70,7 @@ class Scores:
     task: str
     """``test``, or ``suite/task``"""
     data: str
-    """hash of the data's content: queries of the same hash are the same, in the same order"""
+    """hash of the data's content: queries of the same hash and text are the same, in the same order"""
     window: int
     metrics: Mapping[str, float]
     """``i2t_recall_at_1`` ...; ``len77-154/...`` of strata, ``kept64/...`` of probes"""
@@ -83,6 +83,13 @@ class Scores:
     """the best possible Recall@1 of any model at this window, ``i2t`` and ``t2i``, where the data say so"""
     called: str = ""
     """the data, as people call them"""
+    text: str | None = None
+    """of shards, the text that was taken (``data.text``); None where the record is older, or the data are no shards"""
+
+    def alike(self, other: Scores) -> bool:
+        """Whether both are of the same queries, counted by the same convention."""
+        texts = {self.text, other.text} - {None}
+        return (self.data, self.convention) == (other.data, other.convention) and len(texts) <= 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +150,11 @@ class Row:
     @property
     def seed(self) -> int:
         return int(self.identity.get(SEED, 0))
+
+    @property
+    def text(self) -> str:
+        """What validation and test take of a sample (``data.text``, the long one of a mix)."""
+        return str(self.identity.get("data.text.long", self.identity.get("data.text", "txt")))
 
     @property
     def val(self) -> list[tuple[int, float]]:

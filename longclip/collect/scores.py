@@ -28,8 +28,8 @@ class External:
     records: Mapping[str, Any]
 
 
-def of_test(record: Mapping[str, Any] | None, file: Path | None, called: str) -> list[Scores]:
-    """The scores of ``evaluations/test.json``; ``file`` is where its arrays lie beside."""
+def of_test(record: Mapping[str, Any] | None, file: Path | None, called: str, text: str) -> list[Scores]:
+    """The scores of ``evaluations/test.json``; ``file`` is where its arrays lie beside, ``text`` the run's."""
     if not record or not record.get("metrics"):
         return []
     arrays = read_arrays(file) if file else {}
@@ -48,18 +48,16 @@ def of_test(record: Mapping[str, Any] | None, file: Path | None, called: str) ->
             str(record.get("convention", "strict")),
             record.get("ceiling") or {},
             called,
+            text,
         )
     ]
 
 
-def of_suites(
-    folder: Path, checkpoint: str | None, test: str | None = None
-) -> tuple[list[Scores], dict[str, float], dict[str, Any], list[str]]:
+def of_suites(folder: Path, checkpoint: str | None) -> tuple[list[Scores], dict[str, float], dict[str, Any], list[str]]:
     """Of the suites in ``folder`` (a run's ``evaluations/``): retrieval scores, accuracies by ``suite/task``, the
     records by suite, and what is missing.
 
-    Taken are those of ``checkpoint``, which validation chose; None takes any (a model without a run has one). A task on
-    the data with hash ``test`` is that on the test set: its other windows stand beside it.
+    Taken are those of ``checkpoint``, which validation chose; None takes any (a model without a run has one).
     """
     scores: list[Scores] = []
     accuracy: dict[str, float] = {}
@@ -78,28 +76,29 @@ def of_suites(
                 shown = headline(task)
                 accuracy |= {f"{suite}/{name}": shown[1]} if shown and shown[0] == "accuracy" else {}
             elif task.get("kind") == "retrieval":
-                called = TEST if test is not None and task.get("data") == test else f"{suite}/{name}"
-                scores += _windows(called, name, task, record, arrays, f"{suite}/{name}")
+                scores += _windows(f"{suite}/{name}", name, task, record, arrays)
     missing = [f"suite {s}: not evaluated at {checkpoint}, only at {', '.join(c)}" for s, c in others.items()]
     return scores, accuracy, whole, [line for line, suite in zip(missing, others, strict=True) if suite not in whole]
 
 
-def together(test: Sequence[Scores], suites: Sequence[Scores]) -> tuple[Scores, ...]:
-    """A run's own scores on its test set, then those of suites; what a suite says of the same task and window (probes,
-    strata, ranks where none were kept) is added to the run's own, which stand where both have a figure."""
-    found = []
-    for ours in test:
-        same = [s for s in suites if (s.task, s.window, s.data) == (ours.task, ours.window, ours.data)]
-        metrics = {k: v for s in reversed(same) for k, v in s.metrics.items()} | dict(ours.metrics)
-        # Ranks by another convention than that of the figures beside them would be of other queries.
-        alike = next((s.ranks for s in same if s.ranks and s.convention == ours.convention), {})
-        found.append(replace(ours, metrics=metrics, ranks=ours.ranks or alike))
-    known = {(s.task, s.window) for s in test}
-    return (*found, *(s for s in suites if (s.task, s.window) not in known))
+def together(own: Sequence[Scores], suites: Sequence[Scores], tests: Sequence[Scores]) -> tuple[Scores, ...]:
+    """A model's ``own`` scores on its test set, then those of suites. What is on the queries of one of ``tests`` is of
+    the test set: other windows stand beside it, and what a suite says of the same window (probes, strata, ranks where
+    none were kept) is added to what is there, which stands where both have a figure.
+
+    Another text of the same shards, or another convention, is of other queries: a task by itself.
+    """
+    found = {(s.task, s.window): s for s in own}
+    for s in suites:
+        task = TEST if any(s.alike(test) for test in tests) else s.task
+        before = found.setdefault((task, s.window), replace(s, task=task))
+        metrics, ranks = dict(s.metrics) | dict(before.metrics), before.ranks or s.ranks
+        found[task, s.window] = replace(before, metrics=metrics, ranks=ranks)
+    return tuple(found.values())
 
 
 def _windows(
-    task: str, name: str, facts: Mapping[str, Any], record: Mapping[str, Any], arrays: Mapping[str, Any], called: str
+    task: str, name: str, facts: Mapping[str, Any], record: Mapping[str, Any], arrays: Mapping[str, Any]
 ) -> list[Scores]:
     own = int(record["context_length"])
     metrics: dict[int, dict[str, float]] = {own: {}}
@@ -113,7 +112,8 @@ def _windows(
         ranks = {s: arrays[k] for s in ("i2t", "t2i") if (k := f"{name}/{at_window}{s}") in arrays}
         queries = {side: int(n) for side, n in counts.items() if n is not None}
         convention = str(facts.get("convention", record.get("convention", "strict")))
-        found.append(Scores(task, str(facts.get("data")), window, values, queries, ranks, convention, called=called))
+        data, text = str(facts.get("data")), facts.get("text")
+        found.append(Scores(task, data, window, values, queries, ranks, convention, called=task, text=text))
     return found
 
 

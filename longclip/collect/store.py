@@ -87,9 +87,9 @@ def _row(client: Any, found: tuple[Any, dict[str, Any]]) -> Row:
         return row
     with tempfile.TemporaryDirectory() as folder:
         there = Path(client.download_artifacts(run_id, EVALUATIONS, folder))
-        test = of_test(known["test"], there / "test.json", known["test_set"])
-        suites, accuracy, records, missing = of_suites(there, (known["test"] or {}).get("checkpoint"), row.test_hash)
-    return replace(row, scores=together(test, suites), accuracy=accuracy, records=records, notes=tuple(missing))
+        test = of_test(known["test"], there / "test.json", row.test_set, row.text)
+        suites, accuracy, records, missing = of_suites(there, (known["test"] or {}).get("checkpoint"))
+    return replace(row, scores=together(test, suites, test), accuracy=accuracy, records=records, notes=tuple(missing))
 
 
 def _artifacts(client: Any, run_id: str) -> list[Any]:

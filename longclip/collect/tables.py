@@ -77,7 +77,7 @@ def words(comparison: Comparison) -> str:
 def heading(comparison: Comparison, task: str) -> str:
     """Of the table of a task other than the test set."""
     lines = [line for line in comparison.lines if line.task == task]
-    there = next((s for s in _scores(comparison) if s.task == task), None)
+    there = next((s for line in lines for s in line.scored), None)
     counts = dict.fromkeys(there.queries.values()) if there else {}
     return f"{task}, n = {' / '.join(f'{n:,}' for n in counts)}" if counts else lines[0].called or task
 

@@ -16,13 +16,14 @@ SAYS: dict[Convention, str] = {
 
 
 def lines(record: Mapping[str, Any]) -> list[str]:
-    """The record in a few words, one line a task, the convention with every recall."""
+    """The record in a few words, one line a task, with every recall its convention and, of shards, which text."""
     found = []
     for name, task in record["tasks"].items():
         metrics = task["metrics"]
         if task["kind"] == "retrieval":
+            text = f" ({task['text']})" if "text" in task else ""
             said = (
-                f"n = {task['images']:,} images, {task['captions']:,} captions, {SAYS[task['convention']]}: "
+                f"n = {task['images']:,} images, {task['captions']:,} captions{text}, {SAYS[task['convention']]}: "
                 f"R@1 i2t {100 * metrics['i2t_recall_at_1']:.1f} t2i {100 * metrics['t2i_recall_at_1']:.1f}"
             )
         else:

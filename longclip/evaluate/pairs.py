@@ -16,7 +16,7 @@ from longclip.errors import UserError
 from longclip.evaluate import probe
 from longclip.evaluate.conventions import Convention
 from longclip.evaluate.embed import Embedder
-from longclip.evaluate.gallery import Gallery
+from longclip.evaluate.gallery import Gallery, Shards
 from longclip.evaluate.ranking import ranks_of, retrieval, rows_at_once, sides
 from longclip.evaluate.suite import Retrieval
 from longclip.run.evaluations import Scored
@@ -79,6 +79,8 @@ def retrieve(embedder: Embedder, task: Retrieval, gallery: Gallery) -> Scored:
     facts = {
         "kind": task.kind,
         "data": gallery.hash,
+        # The hash of shards is that of their content whole: which text of it the captions were, it does not say.
+        **({"text": gallery.text.long} if isinstance(gallery, Shards) else {}),
         "images": len(pairs.image_ID),
         "captions": len(pairs.texts),
         "pairs": len(asked),

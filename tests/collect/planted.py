@@ -71,13 +71,20 @@ def suite_record(
 
 
 def retrieval_task(
-    i2t: NDArray[np.int32], t2i: NDArray[np.int32], data: str = TEST_SET, **more: float
+    i2t: NDArray[np.int32],
+    t2i: NDArray[np.int32],
+    data: str = TEST_SET,
+    text: str | None = None,
+    convention: str = "strict",
+    **more: float,
 ) -> dict[str, Any]:
+    """Without ``text`` as records were before they had it."""
     counts = {"images": len(i2t), "captions": len(t2i), "pairs": len(t2i)}
     return {
         "kind": "retrieval",
         "data": data,
-        "convention": "strict",
+        **({} if text is None else {"text": text}),
+        "convention": convention,
         **counts,
         "metrics": {**metrics(i2t, t2i), **more},
     }

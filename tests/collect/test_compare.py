@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,6 +273,76 @@ def test_models_from_outside_and_figures_from_papers(tmp_path: Path) -> None:
         "ctx77_s0",
         "ctx512_s0",
     ]
+
+
+def outside(root: Path, tasks: dict[str, Any]) -> None:
+    """A model that no run has trained, scored on the suite ``zoo``."""
+    folder = root / "models" / "openai--clip-0123abcd"
+    record = {"suite": "zoo", "checkpoint": "model", "context_length": 77, "tasks": tasks}
+    write(place(folder / "evaluations", "zoo", "model"), record, {})
+    write_json(folder / "model.json", {"source": "openai/clip", "context_length": 77})
+
+
+def test_other_captions_of_the_same_shards_are_another_test(tmp_path: Path) -> None:
+    """The runs were trained on ``txt``; shards are the same by hash, whatever text is taken of them."""
+    runs = [scored_run(tmp_path, w, 0.4 + w / 5120) for w in (77, 512)]
+    r = ranks(0.9, 3)
+    for run in runs:
+        suite_record(
+            run, {"long": retrieval_task(r, r, text="long_caption"), "model": retrieval_task(r, r, text="txt")}
+        )
+    outside(tmp_path, {"long": retrieval_task(r, r, text="long_caption"), "model": retrieval_task(r, r, text="alt")})
+    found = command.run(["tiny", "models"], tmp_path / "out", Options(), None, tmp_path)[0].comparison
+    assert [(x.task, x.name) for x in found.lines] == [
+        ("test", "ctx77_s0"),
+        ("test", "ctx512_s0"),
+        *(("zoo/long", name) for name in ("ctx77_s0", "ctx512_s0", "openai--clip")),
+        ("zoo/model", "openai--clip"),
+    ]
+    first, *_, last = found.lines
+    assert first.scores["i2t_recall_at_1"].value == float((ranks(0.4 + 77 / 5120, 0) < 1).mean())
+    assert last.deltas == {} and found.lines[4].deltas["i2t_recall_at_1"].value == 0
+    said = [w for w in found.warnings if w.startswith("openai--clip: zoo/model")]
+    assert said == [
+        "openai--clip: zoo/model at window 77 is of the test set's shards with text alt, the runs' test with txt: not "
+        "compared with it (text: txt in the suite's task, and longclip evaluate, does that)"
+    ]
+
+
+def test_a_task_that_took_each_model_s_own_text_is_a_table_for_each(tmp_path: Path) -> None:
+    run = scored_run(tmp_path, 77, 0.4)
+    r = ranks(0.5, 3)
+    suite_record(run, {"far": retrieval_task(r, r, data="8" * 64, text="long_caption")})
+    outside(tmp_path, {"far": retrieval_task(r, r, data="8" * 64, text="txt")})
+    found = command.run(["tiny", "models"], tmp_path / "out", Options(), None, tmp_path)[0].comparison
+    assert [x.task for x in found.lines] == ["test", "zoo/far (long_caption)", "zoo/far (txt)"]
+    assert found.lines[2].deltas == {} and "### zoo/far (txt), n = 400" in markdown(found)
+
+
+def test_another_convention_on_the_test_set_is_a_task_by_itself(tmp_path: Path) -> None:
+    run = scored_run(tmp_path, 77, 0.4)
+    r, w512 = ranks(0.5, 3), {f"w512/{k}": v for k, v in metrics(ranks(0.6, 1), ranks(0.6, 1)).items()}
+    ties = retrieval_task(r, r, text="txt", convention="open_clip", **w512)
+    suite_record(run, {"ties": ties, "plain": retrieval_task(r, r, text="txt", kept16=0.1, **w512)})
+    found = compare(gather([run]))
+    assert [(x.task, x.evaluated) for x in found.lines] == [
+        ("test", 77),
+        ("test", 512),
+        ("zoo/ties", 77),
+        ("zoo/ties", 512),
+    ]
+    assert "kept16" in found.lines[0].scores
+
+
+def test_two_tasks_on_the_test_set_are_both_of_it(tmp_path: Path) -> None:
+    run = scored_run(tmp_path, 77, 0.4)
+    r = ranks(0.5, 3)
+    w512 = metrics(ranks(0.6, 1), ranks(0.6, 1))
+    both = [{f"w512/{k}": v for k, v in {**w512, probe: 0.2}.items()} for probe in ("kept16", "shuffled")]
+    suite_record(run, {f"t{i}": retrieval_task(r, r, **more) for i, more in enumerate(both)})
+    found = compare(gather([run]))
+    assert [(x.task, x.evaluated) for x in found.lines] == [("test", 77), ("test", 512)]
+    assert {"kept16", "shuffled"} <= set(found.lines[1].scores), "the second is not lost"
 
 
 def test_models_alone(tmp_path: Path) -> None:

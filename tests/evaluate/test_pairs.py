@@ -189,6 +189,7 @@ def test_shards_give_what_validation_gives(root: Path, model: DualEncoder) -> No
     reader = Reader(gallery.dataset, made.tokenizer, made.pixels, Text("txt"))  # type: ignore[attr-defined]
     expected = evaluate(model, model, reader, 7, ALONE).facts
     assert expected.pop("pairs") == found.facts["pairs"] == 30 and found.facts["unreadable"] == 1
+    assert found.facts["text"] == "txt", "the shards' hash does not say it"
     del expected["waste"]  # the loop's counts the two special tokens of a spoiled image's caption
     assert {key: found.facts["metrics"][key] for key in expected} == pytest.approx(expected)
 

@@ -76,6 +76,8 @@ def test_every_recall_is_said_with_its_convention() -> None:
         "index: R@1 i2t 50.0 t2i 25.0; w512 skipped: the text tower has 77 positions",
         "s/b at model: n = 20: accuracy 75.0",
     ]
+    of_shards = {"suite": "s", "checkpoint": "model", "tasks": {"a": {**retrieval, "text": "long_caption"}}}
+    assert "2,000 captions (long_caption), open_clip's" in lines(of_shards)[0]
 
 
 def test_the_front_s_side_needs_no_torch() -> None:
