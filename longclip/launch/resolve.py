@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longclip.data.shards import open_dataset
+from longclip.data.shards import Dataset, open_dataset
 from longclip.data.text import Text
 from longclip.data.tokens import vocabulary_of
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.evaluate.suite import Resolved as Suite
 from longclip.evaluate.suite import read_suite
 from longclip.experiment import kinds
-from longclip.experiment.identity import OPEN_CLIP, hash_folder, references, train_sources
+from longclip.experiment.identity import OPEN_CLIP, TRAIN, hash_folder, references, train_sources
 from longclip.experiment.schema import Experiment
 from longclip.launch.site import Site
 from longclip.launch.suites import check_text, resolve_suite
@@ -52,7 +52,7 @@ def resolve(experiment: Experiment, site: Site, beside: Sequence[tuple[RunFolder
     ``beside``: runs that are submitted together with this one, and their identities; it may begin from one of them.
     """
     found = Resolved()
-    sizes: dict[str, int] = {}
+    datasets: dict[str, Dataset] = {}
     wanted = references(experiment)
     if experiment.data.test is not None:
         wanted["data.test"] = experiment.data.test
@@ -63,7 +63,7 @@ def resolve(experiment: Experiment, site: Site, beside: Sequence[tuple[RunFolder
                 dataset = open_dataset(folder)
                 check_text(dataset, Text.of(experiment.data), "data.text")
                 found.pins[key] = dataset.hash
-                sizes[key] = len(dataset)
+                datasets[key] = dataset
             elif key == lineage.KEY:
                 folder, found.pins[key], found.parent = _origin(reference, site, beside)
             else:
@@ -74,6 +74,7 @@ def resolve(experiment: Experiment, site: Site, beside: Sequence[tuple[RunFolder
             error.message = f"{key}: {error.message}"
             found.problems.append(error)
             found.pins[key] = f"unresolved:{reference}"
+    found.problems += _trained_on(datasets)
     for i, file in enumerate(experiment.evaluate.suites):
         try:
             suite = resolve_suite(read_suite(Path(file)), site, Text.of(experiment.data).long)
@@ -86,8 +87,8 @@ def resolve(experiment: Experiment, site: Site, beside: Sequence[tuple[RunFolder
             found.problems.append(error)
     try:
         train = train_sources(experiment)
-        if all(key in sizes for key in train):
-            found.samples = _samples(experiment, sum(sizes[key] for key in train))
+        if all(key in datasets for key in train):
+            found.samples = _samples(experiment, sum(len(datasets[key]) for key in train))
         _check_towers(experiment, found.paths)
     except LongclipError as error:
         found.problems.append(error)
@@ -100,6 +101,37 @@ def _samples(experiment: Experiment, dataset: int) -> int:
     if asked < batch:
         raise UserError(f"data.train: train: {asked} samples are not one global batch of {batch}")
     return asked // batch * batch
+
+
+def _trained_on(datasets: Mapping[str, Dataset]) -> list[LongclipError]:
+    """Shards of validation and test that training has as well, by content: scores would be of pairs learned by heart.
+
+    A folder named without a pattern holds all of its shards, the test set's too.
+    """
+    trained: dict[str, tuple[str, Path]] = {}
+    for key in (key for key in datasets if key.startswith(TRAIN)):
+        trained |= {sha: (key, shard) for sha, shard in _shards(datasets[key])}
+    found: list[LongclipError] = []
+    for key in (key for key in datasets if not key.startswith(TRAIN)):
+        both = [(shard, *trained[sha]) for sha, shard in _shards(datasets[key]) if sha in trained]
+        if both:
+            shard, where, same = both[0]
+            also = "" if same == shard else f" as {same}"
+            more = f", as {len(both) - 1} more of its shards are" if len(both) > 1 else ""
+            found.append(
+                UserError(
+                    f"{key}: {shard} is among the shards of {where}{also}{more}: it would be scored on what it was "
+                    "trained on",
+                    f"{where}: a pattern that leaves them out, as FOLDER/train-*.tar",
+                )
+            )
+    return found
+
+
+def _shards(dataset: Dataset) -> list[tuple[str, Path]]:
+    """(sha256, path) of each that holds a sample: those that hold none are alike."""
+    every = zip(dataset.sha256, dataset.names, dataset.sizes, strict=True)
+    return [(sha, dataset.root / name) for sha, name, size in every if size]
 
 
 def _origin(

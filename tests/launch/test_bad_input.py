@@ -36,6 +36,8 @@ def refuse(sweep: Path, *words: str | Path, code: int = 2) -> str:
         ("data.text='{txt} {mesh}'", "has no text 'mesh' (data.text) in its first 30 samples"),
         ("data.train=[{name: ./train}, {name: ./nowhere}]", "data.train.1: no such folder"),
         ("data.val=./small", "data.val: not indexed"),
+        ("data.test=./train/s-01.tar", "train/s-01.tar is among the shards of data.train: it would be scored on what"),
+        ("data.train=[{name: ./val}, {name: ./train}]", "val/s-00.tar is among the shards of data.train.0"),
         ("train.samples=5", "data.train: train: 5 samples are not one global batch of 24"),
         ("model.text.tokenizer=./small", "model.text.tokenizer: "),
         ("model.text.config.vocab_size=40", "model.text.config.vocab_size: is 40, but the tokenizer"),
@@ -44,6 +46,35 @@ def refuse(sweep: Path, *words: str | Path, code: int = 2) -> str:
 )
 def test_refused(sweep: Path, setting: str, expected: str) -> None:
     assert expected in refuse(sweep / "ctx4.yaml" if "context" in setting else sweep, "--set", setting)
+
+
+def test_shards_of_the_test_set_under_other_names_are_found_in_training(sweep: Path, tmp_path: Path) -> None:
+    """By content; one without a sample, of which there may be any number alike, is none of them."""
+    from longclip.data.index import index_folder
+    from longclip.data.shards import write_shard
+    from longclip.errors import LongclipError
+    from longclip.experiment.load import load
+    from longclip.launch.resolve import resolve
+    from longclip.launch.site import find_site
+
+    for name in ("train", "test"):
+        shutil.copytree(sweep.parent / name, tmp_path / name)
+        write_shard(tmp_path / name / "z-empty.tar", [])
+    index_folder(tmp_path / "test")
+    index_folder(tmp_path / "train")
+    sets = [f"data.test={tmp_path / 'test'}", f"data.train={tmp_path / 'train'}"]
+    site = find_site(None, tmp_path / "runs")
+
+    def problems() -> list[LongclipError]:
+        return resolve(load([sweep / "ctx4.yaml"], sets)[0].experiment, site).problems
+
+    assert problems() == []
+    shutil.copy(tmp_path / "test" / "s-00.tar", tmp_path / "train" / "t-00.tar")
+    index_folder(tmp_path / "train")
+    (problem,) = problems()
+    same = f"data.test: {tmp_path}/test/s-00.tar is among the shards of data.train as {tmp_path}/train/t-00.tar"
+    assert problem.message == f"{same}: it would be scored on what it was trained on" and problem.exit_code == 2
+    assert problem.hint == "data.train: a pattern that leaves them out, as FOLDER/train-*.tar"
 
 
 def test_empty_and_unreadable_shards(sweep: Path) -> None:
