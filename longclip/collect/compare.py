@@ -15,6 +15,7 @@ from longclip.collect.progress import area, at, hours_at, last_evaluation
 from longclip.collect.references import Reference
 from longclip.collect.row import TEST, Row, Scores, count, reaches, state
 from longclip.collect.scores import External, together
+from longclip.collect.zeroshot import mean_accuracy, shared_tasks
 from longclip.errors import UserError
 
 
@@ -38,16 +39,18 @@ def compare(
     arms = arms_of(rows, odd)
     cut = min((s for r in rows if (s := last_evaluation(r)) is not None), default=None) if trim else None
     arms, choices = choose(arms, best_over, cut)
-    lines = [line for arm in arms for line in _lines(arm, arms, cut, goal)]
+    counting: list[Row | External] = [*(row for arm in arms for row in arm.done(cut)), *externals]
+    tasks, unlike = shared_tasks(counting)
+    lines = [line for arm in arms for line in _lines(arm, arms, cut, goal, tasks)]
     tests = [s for line in lines if line.task == TEST for s in line.scored]
-    lines += [line for model in externals for line in _external(model, tests)]
+    lines += [line for model in externals for line in _external(model, tests, tasks)]
     lines = _apart(lines)
     lines = [_against(line, _baseline(line, lines)) for line in lines]
     lines += [_reported(one) for one in references]
     order = list(dict.fromkeys(line.task for line in lines))
     order.sort(key=lambda task: task not in (TEST, VAL))
     lines.sort(key=lambda line: order.index(line.task))
-    said = [*differences(rows), *missing_seeds(arms), *_cut_off(rows, cut), *_other_queries(externals, tests)]
+    said = [*differences(rows), *missing_seeds(arms), *_cut_off(rows, cut), *unlike, *_other_queries(externals, tests)]
     return Comparison(tuple(rows), tuple(lines), tuple(said), tuple(choices), cut, goal)
 
 
@@ -62,8 +65,10 @@ def _cut_off(rows: Sequence[Row], cut: int | None) -> list[str]:
 # ---- lines -------------------------------------------------------------------------------------------------------
 
 
-def _lines(arm: Arm, arms: Sequence[Arm], cut: int | None, goal: float | None) -> Iterable[Line]:
-    """One for the runs that count, on each task at each window; one for every other run."""
+def _lines(arm: Arm, arms: Sequence[Arm], cut: int | None, goal: float | None, tasks: Sequence[str]) -> Iterable[Line]:
+    """One for the runs that count, on each task at each window; one for every other run.
+
+    ``tasks``: of zero-shot classification, over which the mean is taken."""
     done = arm.done(cut)
     if done:
         smallest = next(a for a in arms if a.group == arm.group)
@@ -79,7 +84,7 @@ def _lines(arm: Arm, arms: Sequence[Arm], cut: int | None, goal: float | None) -
             done,
             True,
             _state(done, cut),
-            accuracy=fold([float(np.mean(list(r.accuracy.values()))) for r in done if r.accuracy], len(done)),
+            accuracy=fold([a for r in done if (a := mean_accuracy(r, tasks)) is not None], len(done)),
             waste=mean_of([r.waste for r in done]),
             padding_avoided=mean_of([r.padding_avoided for r in done]),
             best=best_of(done, cut),
@@ -205,9 +210,10 @@ def _with_goals(line: Line, smallest: Sequence[Row], cut: int | None, goal: floa
     return replace(line, **{k: fold(v, len(line.rows)) for k, v in found.items()})  # type: ignore[arg-type]
 
 
-def _external(model: External, tests: Sequence[Scores]) -> Iterable[Line]:
+def _external(model: External, tests: Sequence[Scores], tasks: Sequence[str]) -> Iterable[Line]:
     """A model from outside on its tasks; what is on the test set of the runs stands among them."""
-    accuracy = fold([float(np.mean(list(model.accuracy.values())))], 1) if model.accuracy else None
+    mean = mean_accuracy(model, tasks)
+    accuracy = None if mean is None else Cell(mean, (mean,))
     places = [(s.task, s) for s in together((), model.scores, tests)]
     if accuracy and not any(task == TEST for task, _ in places):
         places.insert(0, (TEST, Scores(TEST, "", model.context_length or 0, {}, {})))

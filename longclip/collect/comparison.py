@@ -89,7 +89,7 @@ class Line:
     baseline: str | None = None
     """name of the line that it is compared to"""
     accuracy: Cell | None = None
-    """zero-shot classification, the mean over all tasks of all suites"""
+    """zero-shot classification, the mean over the tasks that all have; ``by_seed`` has those that were scored"""
     waste: float | None = None
     padding_avoided: float | None = None
     best: Cell | None = None

@@ -120,7 +120,7 @@ def _text(line: Line, comparison: Comparison) -> Text:
         "t2i ceiling": _percent(line.ceiling.get("t2i")),
         "of ceiling": _percent(line.of_ceiling, "%"),
         **{f"Δ {side} vs {base}": delta(line.deltas.get(f"{side}_recall_at_1")) for side in SIDES},
-        "zero-shot": plain(line.accuracy),
+        "zero-shot": _some(plain(line.accuracy), line.accuracy, line),
         "best val R@1": plain(line.best),
         "area": plain(line.area),
         "tested at": _count(line.test_samples),
@@ -207,9 +207,9 @@ def best(comparison: Comparison, task: str | None = None) -> set[tuple[int, str]
                 i: c.value for i, x in ours.items() if (c := x.scores.get(f"{side}_recall_at_{k}"))
             }
     values["of ceiling"] = {i: v for i, x in ours.items() if (v := x.of_ceiling) is not None}
-    values["zero-shot"] = {i: x.accuracy.value for i, x in ours.items() if x.accuracy}
+    values["zero-shot"] = {i: c.value for i, x in ours.items() if (c := x.accuracy) and _whole(c, x)}
     soon = f"samples to {_owner(base)} best"
-    values[soon] = {i: c.value for i, x in ours.items() if (c := x.samples_to) and len(c.by_seed) == len(x.rows)}
+    values[soon] = {i: c.value for i, x in ours.items() if (c := x.samples_to) and _whole(c, x)}
     found = set()
     for column, numbers in values.items():
         if len(set(numbers.values())) > 1:
@@ -261,8 +261,17 @@ def _reached(cell: Cell | None, line: Line, form: object) -> str:
     """``12.7 k``; ``12.7 k (2 of 3)`` where not every seed got there."""
     if cell is None:
         return ""
-    told = str(form(cell.value))  # type: ignore[operator]
-    return told if len(cell.by_seed) == len(line.rows) else f"{told} ({len(cell.by_seed)} of {len(line.rows)})"
+    return _some(str(form(cell.value)), cell, line)  # type: ignore[operator]
+
+
+def _some(told: str, cell: Cell | None, line: Line) -> str:
+    """``told``, with how many of the seeds it is of, where these are not all."""
+    return told if cell is None or _whole(cell, line) else f"{told} ({len(cell.by_seed)} of {len(line.rows)})"
+
+
+def _whole(cell: Cell, line: Line) -> bool:
+    """Whether every seed has its part in it."""
+    return len(cell.by_seed) == max(1, len(line.rows))
 
 
 def _percent(value: float | None, sign: str = "") -> str:

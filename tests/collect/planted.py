@@ -52,13 +52,17 @@ def _name(window: int, seed: int, train: Mapping[str, Any]) -> str:
 
 
 def suite_record(
-    run: RunFolder, tasks: dict[str, Any], arrays: dict[str, NDArray[Any]] | None = None, checkpoint: str | None = None
+    run: RunFolder,
+    tasks: dict[str, Any],
+    arrays: dict[str, NDArray[Any]] | None = None,
+    checkpoint: str | None = None,
+    suite_hash: str = "5" * 64,
 ) -> None:
     """A suite called ``zoo`` on the run's chosen checkpoint, or another."""
     chosen = read_json(run.evaluations / "test.json")["checkpoint"]
     record = {
         "suite": "zoo",
-        "suite_hash": "5" * 64,
+        "suite_hash": suite_hash,
         "weights": "3" * 64,
         "checkpoint": checkpoint or chosen,
         "samples": 600,

@@ -231,6 +231,38 @@ def test_train_window_by_evaluation_window(tmp_path: Path) -> None:
     assert "| 77 / 512 |" in text and "### zoo/far, n = 400" in text and "| zero-shot |" in text
 
 
+def classes(**accuracy: float) -> dict[str, Any]:
+    """Classification tasks by name."""
+    facts = {"kind": "classification", "data": "1" * 64, "images": 90}
+    return {name: {**facts, "metrics": {"accuracy": value}} for name, value in accuracy.items()}
+
+
+def test_zero_shot_is_a_mean_over_the_tasks_that_all_have(tmp_path: Path) -> None:
+    runs = [scored_run(tmp_path, w, 0.4) for w in (77, 154, 512)]
+    suite_record(runs[0], classes(hard=0.4, easy=0.9))
+    suite_record(runs[1], classes(hard=0.5), suite_hash="6" * 64)
+    suite_record(runs[2], classes(hard=0.3, easy=0.8))
+    found = compare(gather(runs))
+    assert [x.accuracy and x.accuracy.value for x in found.lines] == [0.4, 0.5, 0.3], (
+        "0.65 of two tasks is no 0.5 of one"
+    )
+    assert "| **50.0** |" in markdown(found) and "**40.0**" not in markdown(found)
+    assert found.warnings == (
+        "ctx154_s0: zoo/easy was not scored: left out of the zero-shot mean of all",
+        "ctx154_s0: suite zoo is not that of the others (its hash differs): zero-shot may be of other data, "
+        "classes or templates",
+    )
+
+
+def test_zero_shot_of_some_seeds_is_marked(tmp_path: Path) -> None:
+    runs = [scored_run(tmp_path, w, 0.4, seed) for w in (77, 512) for seed in (0, 1)]
+    for run, value in zip(runs, (0.4, 0.5, 0.9), strict=False):
+        suite_record(run, classes(hard=value))
+    found = compare(gather(runs))
+    assert "| 90.0 (1 of 2) |" in markdown(found), "and it is not the best"
+    assert found.warnings == ("ctx512_s1: no zero-shot task was scored (zoo/hard of others)",)
+
+
 def test_a_suite_on_another_checkpoint_is_not_taken_for_the_chosen(tmp_path: Path) -> None:
     run = scored_run(tmp_path, 77, 0.4)
     suite_record(run, {"far": retrieval_task(ranks(0.4, 1), ranks(0.4, 1), data="8" * 64)}, checkpoint="step-00000003")
