@@ -75,7 +75,7 @@ class Scores:
     metrics: Mapping[str, float]
     """``i2t_recall_at_1`` ...; ``len77-154/...`` of strata, ``kept64/...`` of probes"""
     queries: Mapping[str, int]
-    """how many, ``i2t`` (images) and ``t2i`` (captions); empty where the record does not tell"""
+    """how many, ``i2t`` (images) and ``t2i`` (captions that are queries); empty where the record does not tell"""
     ranks: Mapping[str, NDArray[np.int32]] = field(default_factory=dict)
     """``i2t`` and ``t2i``, one a query, 0 is a hit; empty where they were not kept"""
     convention: str = "strict"

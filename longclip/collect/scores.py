@@ -105,7 +105,8 @@ def _windows(
     for key, value in facts["metrics"].items():
         at = _AT.fullmatch(key)
         metrics.setdefault(int(at[1]) if at else own, {})[at[2] if at else key] = float(value)
-    counts = {"i2t": facts.get("images", facts.get("pairs")), "t2i": facts.get("captions", facts.get("pairs"))}
+    # Not all captions: under open_clip's convention an image's first alone is a query.
+    counts = {"i2t": facts.get("images", facts.get("pairs")), "t2i": facts.get("pairs", facts.get("captions"))}
     found = []
     for window, values in metrics.items():
         at_window = "" if window == own else f"w{window}/"

@@ -231,6 +231,18 @@ def test_train_window_by_evaluation_window(tmp_path: Path) -> None:
     assert "| 77 / 512 |" in text and "### zoo/far, n = 400" in text and "| zero-shot |" in text
 
 
+def test_queries_are_the_captions_that_were_asked(tmp_path: Path) -> None:
+    """Of five captions an image open_clip asks the first."""
+    run = scored_run(tmp_path, 77, 0.4)
+    r = ranks(0.5, 3)
+    task = retrieval_task(r, r, data="8" * 64, convention="open_clip") | {"captions": 5 * QUERIES}
+    suite_record(run, {"far": task})
+    line = compare(gather([run])).lines[1]
+    i2t, t2i = (line.scores[f"{side}_recall_at_1"] for side in ("i2t", "t2i"))
+    assert line.scored[0].queries == {"i2t": QUERIES, "t2i": QUERIES}
+    assert (t2i.low, t2i.high) == (i2t.low, i2t.high), "as many queries, as many hits: the same interval"
+
+
 def classes(**accuracy: float) -> dict[str, Any]:
     """Classification tasks by name."""
     facts = {"kind": "classification", "data": "1" * 64, "images": 90}
