@@ -50,7 +50,11 @@ def arms_of(rows: Sequence[Row], odd: Sequence[Undeclared] = ()) -> list[Arm]:
             if before is None or row.seed not in [r.seed for r in before.rows]:
                 found[key] = arm if before is None else replace(before, rows=(*before.rows, row))
                 break
-    arms = list(found.values())
+    return _in_order(list(found.values()))
+
+
+def _in_order(arms: Sequence[Arm]) -> list[Arm]:
+    """Groups as they come, each from its smallest window on; what nobody declared comes last."""
     first = {arm.group: i for i, arm in reversed(list(enumerate(arms)))}
     return sorted(arms, key=lambda arm: (first[arm.group], arm.window, bool(arm.marks)))
 
@@ -92,7 +96,7 @@ def choose(arms: list[Arm], over: Sequence[str], cut: int | None) -> tuple[list[
     for arm in kept:
         merged.setdefault(repr((arm.group, arm.window, arm.marks)), []).append(arm)
     whole = [replace(part[0], rows=tuple(r for arm in part for r in arm.rows)) for part in merged.values()]
-    return whole, said
+    return _in_order(whole), said  # a window that not every value was tried for would stand where it was met
 
 
 def called(rows: Sequence[Row], without: Sequence[str] = ()) -> str:

@@ -71,7 +71,7 @@ def _lines(arm: Arm, arms: Sequence[Arm], cut: int | None, goal: float | None, t
     ``tasks``: of zero-shot classification, over which the mean is taken."""
     done = arm.done(cut)
     if done:
-        smallest = next(a for a in arms if a.group == arm.group)
+        smallest = min((a for a in arms if a.group == arm.group), key=lambda a: (a.window, bool(a.marks)))
         name = called(done) if len(done) > 1 else done[0].name
         whole = Line(
             "measured",

@@ -82,6 +82,17 @@ def test_the_rate_chosen_on_validation(sixteen: list[RunFolder]) -> None:
         compare(gather(sixteen), best_over=["train.lrr"])
 
 
+def test_the_smallest_window_is_the_goal_where_the_grid_is_not_whole(tmp_path: Path) -> None:
+    """The first rate was tried at 512 only."""
+    tried = ((1e-3, 512, 0.3), (2e-3, 77, 0.4), (2e-3, 512, 0.6))
+    runs = [scored_run(tmp_path, w, skill, 0, {"train.lr": lr}, lr=lr) for lr, w, skill in tried]
+    c77, c512 = compare(gather(runs), best_over=["train.lr"]).lines
+    assert (c77.window, c512.window, c512.baseline) == (77, 512, c77.name)
+    # Validation rises to half the skill at 300 and to all of it at 600.
+    assert c77.samples_to is not None and c77.samples_to.value == 600
+    assert c512.samples_to is not None and c512.samples_to.value == 400, "0.4, between 0.3 at 300 and 0.6 at 600"
+
+
 def test_an_unfinished_run_of_a_rate_that_lost_stays_visible(sixteen: list[RunFolder], tmp_path: Path) -> None:
     asked = experiment(77, name="ctx77_lr3e-3_s0", lr=3e-3)
     late = make_run(tmp_path, asked, axes={"model.context_length": 77, "train.lr": 3e-3, "train.seed": 0})
