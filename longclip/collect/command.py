@@ -11,7 +11,7 @@ from pathlib import Path
 from longclip.collect.collect import Collected, Options, write
 from longclip.collect.comparison import Comparison
 from longclip.collect.gather import gather
-from longclip.collect.progress import last_evaluation
+from longclip.collect.progress import cut_of
 from longclip.collect.references import Reference, read_references
 from longclip.collect.row import Row, count
 from longclip.collect.scores import External, external
@@ -68,7 +68,7 @@ def wrote(files: Sequence[Path]) -> str:
 def next_step(comparison: Comparison) -> str | None:
     """What to type where a run that is not finished could be compared all the same."""
     late = [x.name for x in comparison.lines if not x.counts and x.best is not None]
-    cut = min((s for r in comparison.rows if (s := last_evaluation(r)) is not None), default=0)
+    cut = cut_of(comparison.rows) or 0
     if comparison.cut is not None or not late:
         return None
     some = ", ".join(late[:3]) + (" ..." if len(late) > 3 else "")

@@ -11,7 +11,7 @@ from longclip.collect import intervals
 from longclip.collect.arms import Arm, arms_of, best_of, called, choose, fold, mean_of, missing_seeds
 from longclip.collect.checks import differences, undeclared
 from longclip.collect.comparison import MEAN, RECALLS, VAL, Cell, Comparison, Delta, Line
-from longclip.collect.progress import area, at, hours_at, last_evaluation
+from longclip.collect.progress import area, at, cut_of, hours_at, last_evaluation
 from longclip.collect.references import Reference
 from longclip.collect.row import TEST, Row, Scores, count, reaches, state
 from longclip.collect.scores import External, together
@@ -37,10 +37,11 @@ def compare(
     if odd and not allow_differences:
         raise UserError("\n".join(map(str, odd)), "--allow-differences collects them all the same, and marks them")
     arms = arms_of(rows, odd)
-    cut = min((s for r in rows if (s := last_evaluation(r)) is not None), default=None) if trim else None
+    cut = cut_of(rows) if trim else None
     arms, choices = choose(arms, best_over, cut)
     counting: list[Row | External] = [*(row for arm in arms for row in arm.done(cut)), *externals]
-    tasks, unlike = shared_tasks(counting)
+    # Zero-shot is of the chosen checkpoints: at equal samples there is none of the runs.
+    tasks, unlike = shared_tasks(counting if cut is None else externals)
     lines = [line for arm in arms for line in _lines(arm, arms, cut, goal, tasks)]
     tests = [s for line in lines if line.task == TEST for s in line.scored]
     lines += [line for model in externals for line in _external(model, tests, tasks)]
@@ -58,7 +59,12 @@ def _cut_off(rows: Sequence[Row], cut: int | None) -> list[str]:
     if cut is None:
         return []
     early = [r.name for r in rows if last_evaluation(r, cut) is None]
-    said = [f"all compared at {count(cut)} samples, on validation: the least advanced run's last evaluation"]
+    seen = {r.name: s for r in rows if (s := last_evaluation(r, cut)) is not None}
+    if len(set(seen.values())) == 1:
+        said = [f"all compared at {count(cut)} samples, on validation: the last evaluation that all have"]
+    else:
+        each = ", ".join(f"{name} at {s:,}" for name, s in seen.items())
+        said = [f"UNEQUAL samples: no position at which all were evaluated up to {cut:,}: {each}"]
     return said + ([f"not evaluated by then, and left out: {', '.join(early)}"] if early else [])
 
 
@@ -84,7 +90,9 @@ def _lines(arm: Arm, arms: Sequence[Arm], cut: int | None, goal: float | None, t
             done,
             True,
             _state(done, cut),
-            accuracy=fold([a for r in done if (a := mean_accuracy(r, tasks)) is not None], len(done)),
+            accuracy=fold([a for r in done if (a := mean_accuracy(r, tasks)) is not None], len(done))
+            if cut is None
+            else None,
             waste=mean_of([r.waste for r in done]),
             padding_avoided=mean_of([r.padding_avoided for r in done]),
             best=best_of(done, cut),

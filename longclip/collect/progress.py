@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from longclip.collect.row import EMPTY, LOSS, RECALL, Row
@@ -11,6 +13,15 @@ def last_evaluation(row: Row, cut: int | None = None) -> int | None:
     """Samples seen at the last validation (up to ``cut``); None where there was none."""
     seen = [s for s, _ in row.val if cut is None or s <= cut]
     return seen[-1] if seen else None
+
+
+def cut_of(rows: Sequence[Row]) -> int | None:
+    """Samples at which all can be compared: the last position up to the least advanced run's at which each of them was
+    validated. If there is none, the least advanced run's last. None where no run was validated."""
+    positions = [{s for s, _ in row.val} for row in rows if row.val]
+    if not positions:
+        return None
+    return max(set.intersection(*positions), default=min(map(max, positions)))
 
 
 def at(row: Row, metric: str, samples: int) -> float | None:

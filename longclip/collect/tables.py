@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from longclip.collect.comparison import KS, SIDES, VAL, Cell, Comparison, Delta, Line
+from longclip.collect.progress import last_evaluation
 from longclip.collect.row import TEST, Scores, count
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ def _conventions(comparison: Comparison) -> list[str]:
 
 
 def _seen(comparison: Comparison) -> str:
-    if comparison.cut is not None:
-        return f"all at {count(comparison.cut)} samples"
+    if (cut := comparison.cut) is not None:
+        places = {last_evaluation(r, cut) for x in comparison.lines if x.counts for r in x.rows}
+        each = "all at" if len(places) == 1 else "UNEQUAL samples, each at its last evaluation up to"
+        return f"{each} {count(cut)} samples"
     seen = {r.samples for r in comparison.rows if r.finished}
     if not seen:
         return "no run has finished"

@@ -181,6 +181,37 @@ def test_trimmed_to_the_least_advanced(tmp_path: Path) -> None:
     assert all(max(line.get_xdata(), default=0) <= 600 for line in drawn if not line.get_label().startswith("best of"))
 
 
+def evaluated_at(runs: Path, window: int, val: dict[int, float]) -> RunFolder:
+    run = make_run(runs, experiment(window), axes={"model.context_length": window})
+    train(add_attempt(run, 0), 0, 900, 60, val=val)
+    return run
+
+
+def test_trimmed_to_where_all_were_evaluated(tmp_path: Path) -> None:
+    """77 every 300 samples, 512 every 200: 600 is the last that both have, not 77's 900 with 512's 800."""
+    rows = [{300: 0.1, 600: 0.2, 900: 0.3}, {200: 0.1, 400: 0.15, 600: 0.25, 800: 0.4}]
+    runs = [evaluated_at(tmp_path, w, val) for w, val in zip((77, 512), rows, strict=True)]
+    found = compare(gather(runs), trim=True)
+    assert found.cut == 600 and [x.scores["i2t_recall_at_1"].value for x in found.lines] == [0.2, 0.25]
+    assert "all compared at 600 samples, on validation: the last evaluation that all have" in found.warnings
+    assert str(command.next_step(compare(gather(runs)))).endswith("--trim compares all at 600 samples")
+
+
+def test_runs_that_were_never_evaluated_at_the_same_samples(tmp_path: Path) -> None:
+    rows = [{300: 0.1, 600: 0.2, 900: 0.3}, {200: 0.1, 500: 0.15, 800: 0.4}]
+    found = compare(gather([evaluated_at(tmp_path, w, val) for w, val in zip((77, 512), rows, strict=True)]), trim=True)
+    said = "UNEQUAL samples: no position at which all were evaluated up to 800: ctx77 at 600, ctx512 at 800"
+    assert found.cut == 800 and said in found.warnings
+    assert "UNEQUAL samples, each at its last evaluation up to 800 samples" in markdown(found).splitlines()[0]
+
+
+def test_at_equal_samples_there_is_no_zero_shot(tmp_path: Path) -> None:
+    """It is of the checkpoint that validation chose, wherever that stands."""
+    runs = [scored_run(tmp_path, 77, 0.4), half_done(tmp_path, 512)]
+    suite_record(runs[0], classes(hard=0.4))
+    assert [x.accuracy for x in compare(gather(runs), trim=True).lines] == [None, None]
+
+
 def test_goals_in_samples_and_hours(tmp_path: Path) -> None:
     """Restarted: what the first attempt lost is paid for, too."""
     run = make_run(tmp_path, experiment(77))
