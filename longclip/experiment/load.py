@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,8 +141,7 @@ def _files(paths: list[Path]) -> list[Path]:
 
 def _load_file(file: Path, overrides: list[str]) -> list[Loaded]:
     tree = _read(file, ())
-    for text in overrides:
-        _override(tree, text)
+    settings = [key for text in overrides for key in _override(tree, text)]
     _substitute_env(tree)
     sweep = tree.values.pop("sweep", None)
     tree.values.setdefault("name", file.stem)
@@ -150,7 +149,8 @@ def _load_file(file: Path, overrides: list[str]) -> list[Loaded]:
         _resolve_paths(tree)
         return [Loaded(_validate(tree, file), file, file.parent.name)]
     return [
-        Loaded(_validate(variant, file), file, file.parent.name, axes) for variant, axes in _variants(tree, sweep, file)
+        Loaded(_validate(variant, file), file, file.parent.name, axes)
+        for variant, axes in _variants(tree, sweep, file, settings)
     ]
 
 
@@ -267,8 +267,8 @@ def _merge(below: _Tree, above: _Tree, path: Key) -> None:
     lay(below.values, above.values, path)
 
 
-def _override(tree: _Tree, text: str) -> None:
-    """Applies ``a.b=value``; the value is YAML."""
+def _override(tree: _Tree, text: str) -> list[str]:
+    """Applies ``a.b=value``; the value is YAML. The dotted keys that it gives values to."""
     key, equals, value = text.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):
@@ -282,6 +282,7 @@ def _override(tree: _Tree, text: str) -> None:
     finally:
         loader.dispose()
     _put(tree, path, parsed, Origin(None, 0))
+    return [".".join(leaf) for leaf, _ in _leaves(parsed, path)]
 
 
 def _put(tree: _Tree, path: Key, value: Any, origin: Origin) -> None:
@@ -370,9 +371,23 @@ def _resolve_paths(tree: _Tree) -> None:
 # ---- sweeps ------------------------------------------------------------------------------------------------------
 
 
-def _variants(tree: _Tree, sweep: Any, file: Path) -> Iterator[tuple[_Tree, dict[str, Any]]]:
-    """One tree per point of ``sweep:`` (experiment/sweep.py), named by what varies."""
+def _variants(tree: _Tree, sweep: Any, file: Path, settings: Sequence[str]) -> Iterator[tuple[_Tree, dict[str, Any]]]:
+    """One tree per point of ``sweep:`` (experiment/sweep.py), named by what varies. ``settings``: what --set has set,
+    which a point would replace without a word."""
     found = sweeps.points(sweep, lambda key: str(tree.origin(key, file)))
+    mistakes = [
+        Mistake(
+            "--set",
+            key,
+            f"{varied} varies in the sweep ({tree.origin(('sweep', *place), file)}), whose values would replace it; "
+            f"--set 'sweep={{grid: {{{varied}: [...]}}}}' replaces the whole sweep, --set sweep=null leaves it out",
+        )
+        for key in settings
+        for varied, place in found[0][1].items()
+        if f"{key}.".startswith(f"{varied}.")
+    ]
+    if mistakes:
+        raise ExperimentError(mistakes)
     prefix = tree.values["name"]
     prefix = "" if prefix == file.stem else f"{prefix}_"
     named = sweeps.names([axes for axes, _ in found], list(sweep.get("grid") or ()))

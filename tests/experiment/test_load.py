@@ -147,6 +147,33 @@ def test_times_and_numbers_are_read_as_typed(tmp_path: Path) -> None:
     assert one(tmp_path, overrides=["train.samples=1_000_000"]).train.samples == 1_000_000
 
 
+@pytest.mark.parametrize(
+    ("setting", "key", "varied"),
+    [
+        ("train.seed=7", "train.seed", "train.seed"),
+        ("train={seed: 7}", "train.seed", "train.seed"),
+        ("data.text.p_long=0.5", "data.text.p_long", "data.text"),
+    ],
+)
+def test_a_setting_that_the_sweep_would_replace(
+    setting: str, key: str, varied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path("g.yaml")
+    file.write_text(GOOD.replace("name: good\n", "") + "sweep: {grid: {train.seed: [0, 1], data.text: [txt, long]}}\n")
+    with pytest.raises(ExperimentError) as caught:
+        load([file], [setting])
+    assert str(caught.value) == (
+        f"--set: {key}: {varied} varies in the sweep (g.yaml:17), whose values would replace it; "
+        f"--set 'sweep={{grid: {{{varied}: [...]}}}}' replaces the whole sweep, --set sweep=null leaves it out"
+    )
+    loaded = load([file], ["sweep={grid: {train.seed: [7]}}"])
+    assert [one.experiment.train.seed for one in loaded] == [7]
+    assert len(load([file], ["train.lr=1e-3"])) == 4, "a key beside the sweep's"
+    (alone,) = load([file], ["sweep=null", "train.seed=7"])
+    assert alone.experiment.train.seed == 7
+
+
 def test_paths_in_a_sweep_are_paths(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(GOOD + "sweep: {grid: {data.train: [./a, ./b]}}\n")
     assert [one.experiment.data.train for one in load([tmp_path / "g.yaml"])] == [str(tmp_path / x) for x in "ab"]
