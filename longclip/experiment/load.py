@@ -174,6 +174,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """Zeros in front are decimal, as in YAML 1.2: 1.1 reads ``010`` as eight, and nothing in ``08``."""
+    digits = str(node.value).replace("_", "")
+    return int(digits) if digits.lstrip("+-").isdecimal() else int(loader.construct_yaml_int(node))
+
+
+_Loader.add_constructor(_INT, _int)
+
+
 def _read(file: Path, chain: tuple[Path, ...]) -> _Tree:
     """The tree of a file merged over that of its ``extends``."""
     if file in chain:

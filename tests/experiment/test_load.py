@@ -148,6 +148,17 @@ def test_times_and_numbers_are_read_as_typed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "seed"), [("010", 10), ("08", 8), ("+012", 12), ("1_000", 1000), ("!!int 0x1f", 31)]
+)
+def test_zeros_in_front_are_decimal(written: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML 1.1 has them octal: a seed of 010 would train with 8."""
+    assert one(tmp_path, overrides=[f"train.seed={written}"]).train.seed == seed
+    monkeypatch.setenv("SEED", written)
+    if "!" not in written:
+        assert one(tmp_path, overrides=["train.seed=${env:SEED}"]).train.seed == seed
+
+
+@pytest.mark.parametrize(
     ("setting", "key", "varied"),
     [
         ("train.seed=7", "train.seed", "train.seed"),
