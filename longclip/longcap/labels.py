@@ -20,15 +20,19 @@ _SUPPLEMENT = r"(?:\s?[—–-]{1,2}\s?figure supplements?\s?(?P<supplement>\d{1
 _LABEL = re.compile(rf"\s*(?P<words>[^\d]{{0,60}}?)[\s.]*{_NUMBER}{_SUPPLEMENT}(?P<panel>[A-Za-z](?![A-Za-z]))?")
 
 _LETTER = r"(?:\([A-Za-z]\)|[A-Za-z](?![^\W_]))"
-_PANELS = rf"(?P<panel>[A-Za-z](?![^\W\d_])(?:\s?(?:,|and|&|to|[–—−-])\s?{_LETTER}){{0,20}})?"
+_PANEL = r"(?:[A-Za-z](?![^\W\d_])|\([A-Za-z](?:\s?[,–-]\s?[A-Za-z]){0,20}\))"
+_PANELS = rf"(?P<panel>{_PANEL}(?:\s?(?:,|and|&|to|[–—−-])\s?{_LETTER}){{0,20}})?"
 # "Figure 1—source data 1" and "fig1data.txt" are other files.
 _ITEM = re.compile(
     rf"\s*{_NUMBER}{_SUPPLEMENT}{_PANELS}(?![A-Za-z0-9]|\s?[—–-]{{1,2}}\s?(?:source|video|figure|table|animation))"
 )
-_BETWEEN = re.compile(r"\s*(?P<by>,\s*(?:and|or|&)|[,;&/]|and|or|to|through|[–—−-])\s*(?P<head>[Ff]ig(?:ure)?s?\.?)?")
+# In capitals, too, as in headings: "FIGURES 2 AND 3".
+_BETWEEN = re.compile(
+    r"\s*(?P<by>,\s*(?:and|or|&)|[,;&/]|and|or|to|through|[–—−-])\s*(?P<head>fig(?:ure)?s?\.?)?", re.IGNORECASE
+)
 _SINGLE = re.compile(r"[^\d,;&–—−-]*\d+[A-Za-z]?")
 _RANGE = frozenset(("–", "—", "−", "-", "to", "through"))
-_GAP = re.compile(r"\s*(?:–|—|−|-|to|through)\s*")
+_GAP = re.compile(r"\s*(?:–|—|−|-|to|through)\s*", re.IGNORECASE)
 
 _QUALIFIER = re.compile(
     r"\b(suppl[a-z]*|supporting|extended data|author response|reviewer|appendix|additional|online|web)"
@@ -41,8 +45,10 @@ _ELSEWHERE = re.compile(
     r"\s*(?:in|of|from)\s+"
     r"(?:refs?\b|references?\b|\[\d|(?:the|that|their)\s+original|[A-Z][\w'’-]+,?\s+(?:et al|and [A-Z]|&|[(\[]\d))"
 )
+# A year is one of four digits that nothing is said to equal: not "p < 0.0001, Fig. 3", nor "n = 2000, Fig. 4".
+_YEAR = r"(?<![\d.])(?<![=<>≤≥~] )\b(?:1[89]|20)\d\d[a-z]?"
 _ELSEWHERE_BEFORE = re.compile(
-    r"(?:(?:\b\d{4}[a-z]?|\[\d+|\brefs?\.? \d+|\[\d+: ?[\d–-]+|\bpp?\. ?[\d–-]+|\bpls?\. ?[\d–-]+)\]?[,:]"
+    rf"(?:(?:{_YEAR}|\[\d+|\brefs?\.? \d+|\[\d+: ?[\d–-]+|\bpp?\. ?[\d–-]+|\bpls?\. ?[\d–-]+)\]?[,:]"
     r"|\bet al\.?,? ?\()\s*(?:see )?$"
 )
 _LAST_HEAD = re.compile(r"fig(?:ure)?s?\.?\s*$", re.IGNORECASE)
@@ -86,7 +92,7 @@ def _key(head: str, qualifier: str, found: re.Match[str]) -> Key:
     qualifier, prefix = qualifier.casefold(), found["prefix"]
     if qualifier.startswith(("suppl", "supporting")):  # "Supplementary Figure 2" is "Figure S2"
         qualifier, prefix = "", prefix or "S"
-    panel = (found["panel"] or "")[:1].lower()
+    panel = (found["panel"] or "").lstrip("(")[:1].lower()
     return Key(head, qualifier, prefix, found["number"], found["supplement"] or "", panel)
 
 
@@ -192,7 +198,7 @@ def _items(text: str, position: int, head: str, qualifier: str, plural: bool) ->
         between = _BETWEEN.match(text, item.end())
         if between is None:
             break
-        ranged = between["by"] in _RANGE
+        ranged = between["by"].lower() in _RANGE
         start = between.start("head") if between["head"] else between.end()
         item = _ITEM.match(text, between.end())
         # "Figure 1, 20 mice" and "Fig. 2 to 5 mm" are not lists; "Fig. 2-4", "Fig. 1A, 2B", "Figs. 1, 2" are.

@@ -175,6 +175,30 @@ def test_a_sub_article_has_figures_of_its_own() -> None:
         ),
         ("Kohn, 2014, p. 345–357, pl. 97, Figs. 1–3", {}),
         (f"Kohn, 2014, pl. 97, Figs. {xref(1, '1')}–{xref(3, '3')}", {1: [("1", "xref")], 3: [("3", "xref")]}),
+        ("Kohn 1899a, Figs. 1–3; (Kohn 2004, Fig. 4)", {}),
+        (
+            "more (p &lt; 0.0001, Fig. 3) in all (n = 1000, Fig. 4) or most (n = 2000, Fig. 5)",
+            {3: [("Fig. 3", "text")], 4: [("Fig. 4", "text")], 5: [("Fig. 5", "text")]},
+        ),
+        (
+            "AS FIGURES 2 AND 3 SHOW, AND FIGURES 4 TO 5",
+            {
+                2: [("FIGURES 2", "text")],
+                3: [("3", "text")],
+                4: [("FIGURES 4 TO 5", "range")],
+                5: [("FIGURES 4 TO 5", "range")],
+            },
+        ),
+        (
+            "in Figs 1(a) and 2(b), Figs. 3(a,c)–5 (not its b)",
+            {
+                1: [("Figs 1(a)", "text")],
+                2: [("2(b)", "text")],
+                3: [("Figs. 3(a,c)–5", "range")],
+                4: [("Figs. 3(a,c)–5", "range")],
+                5: [("Figs. 3(a,c)–5", "range")],
+            },
+        ),
         ("in fig1data.txt and Figure 1—source data 1", {}),
         ('See <xref ref-type="fig" rid="gone">Fig. 2</xref>.', {2: [("Fig. 2", "text")]}),
         (
