@@ -30,6 +30,7 @@ PATHS: tuple[Key, ...] = (
     ("model", "image", "tower"),
     ("model", "text", "tower"),
     ("model", "text", "tokenizer"),
+    ("model", "init", "from"),
 )
 """Values that may be paths; a path is taken relative to the file that says it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,14 @@ def test_a_setting_that_the_sweep_would_replace(
     assert len(load([file], ["train.lr=1e-3"])) == 4, "a key beside the sweep's"
     (alone,) = load([file], ["sweep=null", "train.seed=7"])
     assert alone.experiment.train.seed == 7
+
+
+@pytest.mark.parametrize(("said", "meant"), [("./parent", "parent"), ("../runs/p-0@best", "../runs/p-0@best")])
+def test_weights_in_a_folder_beside_the_file(said: str, meant: str, tmp_path: Path) -> None:
+    begun = one(tmp_path, GOOD.replace("model:\n", f"model:\n  init: {{from: {said}}}\n", 1)).model.init
+    assert begun is not None and begun.source == os.path.normpath(tmp_path / meant)
+    named = one(tmp_path, GOOD.replace("model:\n", "model:\n  init: {from: run:ctx77}\n", 1)).model.init
+    assert named is not None and named.source == "run:ctx77"
 
 
 def test_paths_in_a_sweep_are_paths(tmp_path: Path) -> None:
