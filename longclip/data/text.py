@@ -62,11 +62,12 @@ def render(text: str, fields: Mapping[str, Any]) -> str:
     paragraphs), is its strings in order, each once, joined by a space. In a template white space is one space.
     """
     pieces = template(text)
-    filled = [literal + (_words(fields.get(name)) if name else "") for literal, name in pieces]
+    filled = [literal + (words(fields.get(name)) if name else "") for literal, name in pieces]
     return filled[0] if pieces == (("", text),) else " ".join("".join(filled).split())
 
 
-def _words(value: Any) -> str:
+def words(value: Any) -> str:
+    """What a template takes of a field that holds ``value``: empty where that is neither text nor holds any."""
     return value if isinstance(value, str) else " ".join(dict.fromkeys(_strings(value)))
 
 

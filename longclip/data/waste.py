@@ -17,6 +17,7 @@ from longclip.data.counter import TokenCounter
 from longclip.data.shards import Dataset, open_dataset
 from longclip.data.text import render
 from longclip.errors import SiteError, UserError
+from longclip.experiment.template import template
 
 CHUNK = 2000
 """samples that a worker reads and counts at a time"""
@@ -118,9 +119,15 @@ def measure(
         progress: called with the samples done and the samples there are.
 
     Raises:
-        UserError: no such shards or tokenizer, or no sample that has this text.
+        UserError: no such shards or tokenizer, no sample that has this text, or a template that is none.
         SiteError: the shards cannot be read, or are not those that were indexed.
     """
+    try:
+        template(text)
+    except ValueError as error:
+        raise UserError(
+            f"--text {text}: {error}", "valid is txt, a json field, or a template: '{txt} {title}'"
+        ) from None
     datasets = [open_dataset(spec) for spec in dict.fromkeys(shards)]
     counter = TokenCounter(tokenizer)
     units = list(_units(datasets))

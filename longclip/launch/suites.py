@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from longclip.data.shards import Dataset
-from longclip.data.text import Text, render
+from longclip.data.text import Text, render, words
 from longclip.errors import LongclipError, SiteError, UserError
 from longclip.evaluate.gallery import Shards, open_gallery
 from longclip.evaluate.readers import open_labelled
@@ -72,7 +73,10 @@ LOOKED_AT = 100
 
 
 def check_text(dataset: Dataset, text: Text, key: str) -> None:
-    """Some of the first samples have the text that is wanted: a misnamed field shows before the queue, not after."""
+    """Some of the first samples have the text that is wanted: a misnamed field shows before the queue, not after.
+
+    Raises UserError, or SiteError where the samples cannot be read.
+    """
     shard = next(i for i, size in enumerate(dataset.sizes) if size)
     count = min(LOOKED_AT, dataset.sizes[shard])
     try:
@@ -80,11 +84,15 @@ def check_text(dataset: Dataset, text: Text, key: str) -> None:
     except OSError as error:
         raise SiteError(f"{dataset.folder}: cannot be read: {error}", f"longclip data index {dataset.folder}") from None
     samples = [{**fields, "txt": txt} for _, txt, fields in first]
+    known = ", ".join(sorted({k for s in samples for k, v in s.items() if words(v)}))
+    valid = f"{key}: one of {known}, or a template over them"
+    for name in text.names:  # what is not there is empty, and rightly; a number would be as well
+        for held in (s[name] for s in samples if s.get(name) not in (None, "", [], {})):
+            if not words(held):
+                raise UserError(
+                    f"{dataset.folder}: {name} ({key}) holds {json.dumps(held)[:60]}, which is no text", valid
+                )
     missing = [name for name in text.names if not any(name in sample for sample in samples)]
     missing += [t for t in text.texts if not any(render(t, sample).strip() for sample in samples)]
     if missing:
-        known = ", ".join(sorted({k for s in samples for k, v in s.items() if isinstance(v, (str, list, dict)) and v}))
-        raise UserError(
-            f"{dataset.folder} has no text {missing[0]!r} ({key}) in its first {count} samples",
-            f"{key}: one of {known}, or a template over them",
-        )
+        raise UserError(f"{dataset.folder} has no text {missing[0]!r} ({key}) in its first {count} samples", valid)

@@ -145,6 +145,8 @@ def test_the_command_shows_writes_and_warns(shards: Path) -> None:
         (".", "torn.txt.gz", "txt", "not CLIP's vocabulary file"),
         (".", "words.txt", "txt", "not a WordPiece vocabulary"),
         (".", "tok", "nofield", "has a text 'nofield'"),
+        (".", "tok", "{a", "--text {a: expected '}' before end of string"),
+        (".", "tok", "{txt!r}", "--text {txt!r}: between braces stands the name of a field and nothing else"),
         ("empty", "tok", "txt", "not indexed: .*empty"),
     ],
 )

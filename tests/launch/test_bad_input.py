@@ -77,6 +77,27 @@ def test_shards_of_the_test_set_under_other_names_are_found_in_training(sweep: P
     assert problem.hint == "data.train: a pattern that leaves them out, as FOLDER/train-*.tar"
 
 
+@pytest.mark.parametrize("text", ["{txt} ({year})", "year", "{year.of}{sizes}"])
+def test_a_field_that_holds_no_text_is_no_part_of_one(text: str, tmp_path: Path) -> None:
+    """A number would be left out of every caption, without a word."""
+    from longclip.data.index import index_folder
+    from longclip.data.shards import Sample, open_dataset, write_shard
+    from longclip.data.text import Text
+    from longclip.errors import UserError
+    from longclip.launch.suites import check_text
+    from tests.data.test_loader import picture
+
+    fields = [{"year": None, "title": "A"}, {"year": 2010, "sizes": [1, 2], "year.of": "birth", "title": {"en": "B"}}]
+    write_shard(tmp_path / "a.tar", [Sample(f"s{i}", picture(i), "text", f) for i, f in enumerate(fields)])
+    index_folder(tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_text(open_dataset(tmp_path), Text(text), "data.text")
+    name, held = ("sizes", "[1, 2]") if "sizes" in text else ("year", "2010")
+    assert caught.value.message == f"{tmp_path}: {name} (data.text) holds {held}, which is no text"
+    assert caught.value.hint == "data.text: one of title, txt, year.of, or a template over them"
+    check_text(open_dataset(tmp_path), Text("{title}: {txt}"), "data.text")
+
+
 def test_empty_and_unreadable_shards(sweep: Path) -> None:
     empty = sweep.parent / "empty"
     empty.mkdir(exist_ok=True)
