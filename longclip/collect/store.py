@@ -23,15 +23,20 @@ from longclip.collect.scores import of_suites, of_test, together
 from longclip.errors import SiteError, UserError
 from longclip.track import facts
 from longclip.track.mlflow import EVALUATIONS
+from longclip.track.parent import PARENT
 
 PAGE = 1000
+_ID = re.compile(r"[0-9a-f]{32}")
+"""an MLflow run"""
 
 
 def gather_from(uri: str, targets: Sequence[str]) -> list[Row]:
-    """A row for every run of the sweeps (or ``sweep/run``) in ``targets``, in the order of :func:`gather`.
+    """A row for every run of the sweeps (or ``sweep/run``) in ``targets``, in the order of :func:`gather`; a run that
+    several of them name is one row. In place of a sweep's name there may be the id of its run, the parent of its runs.
 
     Raises:
-        UserError: the URI is neither http(s) nor SQLite, the database is not there, or nothing in it is called so.
+        UserError: the URI is neither http(s) nor SQLite, the database is not there, nothing in it is called so, or more
+            than one sweep is.
         SiteError: the store cannot be read.
     """
     _check(uri)
@@ -40,14 +45,16 @@ def gather_from(uri: str, targets: Sequence[str]) -> list[Row]:
 
         client = MlflowClient(tracking_uri=uri)
         experiments = [e.experiment_id for e in client.search_experiments()]
-        return arranged([_row(client, run) for target in targets for run in _runs(client, experiments, target, uri)])
+        found = {run.info.run_id: (run, f) for t in targets for run, f in _runs(client, experiments, t, uri)}
+        return arranged([_row(client, each) for each in found.values()])
 
 
 def _runs(client: Any, experiments: list[str], target: str, uri: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The runs that ``target`` names, each with its summary; parents, and runs of others, have none."""
     sweep, _, name = target.partition("/")
     found, without = [], []
-    for run in _search(client, experiments, f"tags.`longclip.sweep` = '{sweep}'") if "'" not in sweep else ():
+    tag = PARENT if _ID.fullmatch(sweep) else "longclip.sweep"
+    for run in _search(client, experiments, f"tags.`{tag}` = '{sweep}'") if "'" not in sweep else ():
         if "longclip.uid" not in run.data.tags or name not in ("", run.info.run_name, run.info.run_name[:-9]):
             continue
         known = facts.read(run.data.tags)
@@ -65,7 +72,27 @@ def _runs(client: Any, experiments: list[str], target: str, uri: str) -> Iterato
             f"{target}: no such sweep in {_shown(uri)}; there are: {', '.join(sorted(map(str, there))) or 'none'}",
             "longclip sync sends runs there",
         )
+    parents = {run.data.tags.get(PARENT) for run, _ in found} - {None}
+    if len(parents) > 1:
+        raise UserError(
+            f"{target}: {len(parents)} sweeps in {_shown(uri)} are called so: {', '.join(_told_apart(client, found))}",
+            f"longclip collect ID --mlflow {_shown(uri)} takes one of them, ID ID ... several as one",
+        )
     yield from found
+
+
+def _told_apart(client: Any, found: Sequence[tuple[Any, dict[str, Any]]]) -> list[str]:
+    """Sweeps by the ids of their runs, each with what somebody might know it by."""
+    by_parent: dict[str, list[Any]] = {}
+    for run, _ in found:
+        by_parent.setdefault(str(run.data.tags.get(PARENT)), []).append(run)
+    said = []
+    for parent, runs in by_parent.items():
+        name = client.get_experiment(runs[0].info.experiment_id).name
+        hosts = dict.fromkeys(host for r in runs for host in r.data.tags.get("longclip.hosts", "").split(",") if host)
+        where = f", on {' '.join(list(hosts)[:2])}" if hosts else ""
+        said.append(f"{parent} ({len(runs)} runs, experiment {name}{where})")
+    return said
 
 
 def _search(client: Any, experiments: list[str], which: str) -> Iterator[Any]:

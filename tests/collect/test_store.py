@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -63,6 +64,29 @@ def test_the_command_needs_no_run_folder(synced: tuple[list[RunFolder], str], tm
 def test_one_run_of_a_sweep(synced: tuple[list[RunFolder], str]) -> None:
     runs, uri = synced
     assert [r.folder for r in gather_from(uri, ["tiny/ctx512_s1"])] == [runs[3].name]
+
+
+def test_a_run_that_two_targets_name_is_one(synced: tuple[list[RunFolder], str]) -> None:
+    runs, uri = synced
+    found = [r.folder for r in gather_from(uri, ["tiny/ctx512_s1", "tiny", "tiny"])]
+    assert sorted(found) == sorted(r.name for r in runs)
+
+
+def test_two_sweeps_of_one_name_are_not_one_table(tmp_path: Path) -> None:
+    """On a server that two people use."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for who in ("anna", "ben"):
+        ours = [finished_run(tmp_path / who, experiment(w, name=f"ctx{w}_{who}"), {1000: 0.3}) for w in (77, 512)]
+        sync(ours, uri)
+    with pytest.raises(
+        UserError, match=r"tiny: 2 sweeps in .* are called so: \w{32} \(2 runs, experiment tiny, on n1 n2"
+    ) as caught:
+        gather_from(uri, ["tiny"])
+    assert caught.value.hint is not None and caught.value.hint.startswith("longclip collect ID --mlflow sqlite:")
+    ids = re.findall(r"\b[0-9a-f]{32}\b", caught.value.message)
+    names = [[r.name for r in gather_from(uri, [one])] for one in ids]
+    assert sorted(names) == [[f"ctx{w}_{who}" for w in (77, 512)] for who in ("anna", "ben")]
+    assert len(gather_from(uri, ids)) == 4
 
 
 def test_the_ranks_of_single_queries_are_there_too(
