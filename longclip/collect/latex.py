@@ -62,7 +62,7 @@ def _table(comparison: Comparison, task: str) -> str:
     aligned = "".join("l" if c in LEFT else "r" for c in columns)
     said = caption(comparison) if task == TEST or comparison.cut is not None else heading(comparison, task)
     notes = ". ".join(filter(None, [said, words(comparison)]))
-    body = [" & ".join(_cell(line[c], (i, c) in bold) for c in columns) + r" \\" for i, line in enumerate(lines)]
+    body = [_row([_cell(line[c], (i, c) in bold) for c in columns]) for i, line in enumerate(lines)]
     return "\n".join(
         [
             r"\begin{table}",
@@ -72,7 +72,7 @@ def _table(comparison: Comparison, task: str) -> str:
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{aligned}}}",
             r"\toprule",
-            " & ".join(escape(c) for c in columns) + r" \\",
+            _row([escape(c) for c in columns]),
             r"\midrule",
             *body,
             r"\bottomrule",
@@ -81,6 +81,12 @@ def _table(comparison: Comparison, task: str) -> str:
             "",
         ]
     )
+
+
+def _row(cells: list[str]) -> str:
+    """A line of the table. The end of the line before would take a bracket for its option, and a star for its own."""
+    row = " & ".join(cells) + r" \\"
+    return "{}" + row if row.startswith(("[", "*")) else row
 
 
 def _wanted(column: str, comparison: Comparison) -> bool:

@@ -14,14 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longclip.collect.collect import Options, collect
-from longclip.collect.latex import escape
+from longclip.collect.compare import compare
+from longclip.collect.gather import gather
+from longclip.collect.latex import escape, latex
 from longclip.collect.references import Reference
 from longclip.run.folder import RunFolder
 from tests.collect.planted import scored_run
 from tests.helpers import add_attempt, experiment, make_run, train
 from tests.launch.small import longclip
 
-HOSTILE = 'a_b & 5% of $x^2 #1 {~} \\ "q" <α, é, 漢> | ±'
+HOSTILE = '[a_b] & 5% of $x^2 #1 {~} \\ "q" <α, é, 漢> | ±'
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,21 @@ def test_latex_compiles(written: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:].decode("latin-1")
     log = (tmp_path / "paper.log").read_text("latin-1")
     assert "Missing character" not in log and "Overfull" not in log.partition("paper.aux")[0]
+
+
+def test_a_name_is_no_option_of_the_line_before(tmp_path: Path) -> None:
+    """LaTeX reads on after a line's end, and after a rule: [2em] would be a space, and a star vanish."""
+    run = scored_run(tmp_path, 77, 0.4)
+    quoted = [Reference(name=name, source="s", window=None, task="test", metrics={"accuracy": 0.5}) for name in NAMES]
+    made = latex(compare(gather([run]), references=quoted)).splitlines()
+    assert [line.partition(" & ")[0] for line in made if line.endswith(r"reported, not measured & s \\")] == [
+        "{}[12] theirs",
+        "{}*ours",
+        "plain",
+    ]
+
+
+NAMES = ("[12] theirs", "*ours", "plain")
 
 
 @given(st.text())
