@@ -53,10 +53,6 @@ class Delta:
     seeds: int
     """how many of each arm it is the mean over: those that both have"""
 
-    @property
-    def is_clear(self) -> bool:
-        return self.low is not None and self.high is not None and not self.low <= 0.0 <= self.high
-
 
 @dataclass(frozen=True, eq=False)
 class Line:

@@ -34,11 +34,6 @@ KEPT = re.compile(r"kept(\d+)/mean_recall_at_1")
 FORMATS = ("png", "svg", "pdf")
 
 
-def curves(comparison: Comparison, files: Sequence[Path]) -> None:
-    """Writes the figure of :func:`draw` to ``files``, each in the format that its name ends with."""
-    save(draw(comparison), files)
-
-
 def draw(comparison: Comparison) -> Figure:
     """Validation Recall@1 by samples seen, by rank-hours and by hours running, and the training loss by samples.
 

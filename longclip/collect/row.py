@@ -170,14 +170,6 @@ class Row:
         return max((v for _, v in self.val if v == v), default=None)
 
     @property
-    def of_ceiling(self) -> float | None:
-        """Mean Recall@1 on the test set as a share of the best possible."""
-        if not self.ceiling or not self.test:
-            return None
-        possible = (self.ceiling["i2t"] + self.ceiling["t2i"]) / 2
-        return self.test["mean_recall_at_1"] / possible if possible else None
-
-    @property
     def group(self) -> str:
         """Rows of one group differ in the window only, as far as was declared."""
         return repr((self.sweep, sorted((k, v) for k, v in {**self.axes, SEED: self.seed}.items() if k != WINDOW)))

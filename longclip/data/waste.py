@@ -7,7 +7,7 @@ exact and the same for any number of workers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,11 +94,6 @@ class Lengths:
             "texts_cut": self.texts_cut(window),
             "padding": self.padding(window),
         }
-
-
-def lengths_of(texts: Iterable[str], counter: TokenCounter) -> Lengths:
-    """Lengths of texts at hand."""
-    return Lengths(Counter(counter.many(list(texts))), counter.specials)
 
 
 def measure(

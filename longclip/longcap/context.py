@@ -77,21 +77,11 @@ class _Candidate:
     terms: frozenset[str]
 
 
-def describe(article: Article, figure: Figure, budget: int, count: Callable[[str], int]) -> Description:
-    """A description of one figure; see the module. For several figures of an article :class:`Context` is faster.
-
-    Args:
-        budget: tokens that the description may have, special tokens included.
-        count: tokens of a text, special tokens included.
-
-    Raises:
-        ValueError: not even the special tokens fit the budget.
-    """
-    return Context(article, count).describe(figure, budget)
-
-
 class Context:
-    """What the descriptions of an article's figures share: its sentences, terms and abbreviations."""
+    """What the descriptions of an article's figures share: its sentences, terms and abbreviations.
+
+    ``count``: tokens of a text, special tokens included.
+    """
 
     def __init__(self, article: Article, count: Callable[[str], int]) -> None:
         self.article = article
@@ -110,7 +100,10 @@ class Context:
                 self._mentioned.setdefault((mention.paragraph, max(0, i)), set()).add(figure.id)
 
     def describe(self, figure: Figure, budget: int) -> Description:
-        """As :func:`describe`."""
+        """A description of one figure; see the module. ``budget``: tokens that it may have, special tokens included.
+
+        Raises ValueError: not even the special tokens fit the budget.
+        """
         if budget < self._specials:
             raise ValueError(f"a budget of {budget} tokens does not hold the {self._specials} special ones")
         caption, whole = self._caption(figure.caption, budget)

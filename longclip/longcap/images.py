@@ -50,14 +50,8 @@ class EncodedImage:
     jpeg: bytes
     width: int
     height: int
-    original_size: tuple[int, int]
-    """width and height in the file, before any rotation or reduction"""
-    original_format: str
-    """"JPEG", "PNG", "TIFF", ..."""
-    kept: bool
-    """whether ``jpeg`` is the file itself, byte for byte"""
     phash: int
-    """64 bits; see ``distance``"""
+    """64 bits; copies of a picture differ in few of them"""
 
 
 # From href to file
@@ -142,12 +136,11 @@ def _same(one: str, other: str) -> bool:
 # From file to JPEG
 
 
-def encode(source: Path | bytes, long_side: int | None = None, max_pixels: int = MAX_PIXELS) -> EncodedImage:
-    """The picture in a file (the first, where there are several), its long side at most ``long_side`` pixels.
+def encode(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> EncodedImage:
+    """The picture in a file (the first, where there are several): a JPEG that is one as people see it stays as it is.
 
     Raises BadImage and nothing else, whatever the bytes are (a disk that fails stays an OSError). The header is read
-    first: an image of more than
-    ``max_pixels`` is never decoded.
+    first: an image of more than ``max_pixels`` is never decoded.
     """
     data = _read(source) if isinstance(source, Path) else source
     if not data:
@@ -166,7 +159,7 @@ def encode(source: Path | bytes, long_side: int | None = None, max_pixels: int =
         if width * height > max_pixels:
             raise BadImage("too many pixels", f"{width} x {height}, at most {max_pixels}")
         try:
-            return _encode(image, data, long_side)
+            return _encode(image, data)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise what they like on a file that lies
@@ -184,22 +177,17 @@ def _read(path: Path) -> bytes:
         raise BadImage("missing", str(error)) from None
 
 
-def _encode(image: Image.Image, data: bytes, long_side: int | None) -> EncodedImage:
-    size, original = image.size, image.format or ""
+def _encode(image: Image.Image, data: bytes) -> EncodedImage:
+    size = image.size
     upright = image.getexif().get(0x0112, 1) in (0, 1)
-    fits = long_side is None or max(size) <= long_side
-    if original == "JPEG" and image.mode in ("L", "RGB") and upright and fits:
+    if image.format == "JPEG" and image.mode in ("L", "RGB") and upright:
         # All its data is decoded, to see that it is whole, but at the smallest scale that leaves the hash alone.
         image.draft("L", (8 * _SIDE, 8 * _SIDE))
-        return EncodedImage(data, *size, size, original, True, perceptual_hash(image))
-    if original == "JPEG" and long_side is not None and not fits:
-        image.draft(None, (long_side, long_side))
+        return EncodedImage(data, *size, perceptual_hash(image))
     plain = _flat(ImageOps.exif_transpose(image))
-    if long_side is not None and max(plain.size) > long_side:
-        plain.thumbnail((long_side, long_side), Image.Resampling.LANCZOS)
     out = io.BytesIO()
     plain.save(out, "JPEG", quality=QUALITY)
-    return EncodedImage(out.getvalue(), *plain.size, size, original, False, perceptual_hash(plain))
+    return EncodedImage(out.getvalue(), *plain.size, perceptual_hash(plain))
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -259,8 +247,3 @@ def perceptual_hash(image: Image.Image) -> int:
     low = (cosines @ grey @ cosines.T).ravel()
     low[0] = 0.0  # brightness
     return int.from_bytes(np.packbits(low > np.median(low) + _NOISE).tobytes(), "big")
-
-
-def distance(one: int, other: int) -> int:
-    """In how many of 64 bits two perceptual hashes differ."""
-    return (one ^ other).bit_count()

@@ -59,14 +59,6 @@ def headline(task: Mapping[str, Any]) -> tuple[str, float] | None:
     return next(((name, float(found[name])) for name in ("accuracy", "auc") if name in found), None)
 
 
-def mean_accuracy(record: Mapping[str, Any]) -> float | None:
-    """Mean accuracy over a suite's classification tasks, each counting the same; a task of several labels, which has
-    none, has no part in it. None where no task has one."""
-    tasks = [task for task in record["tasks"].values() if task.get("kind") == "classification"]
-    values = [value for name, value in filter(None, map(headline, tasks)) if name == "accuracy"]
-    return sum(values) / len(values) if values else None
-
-
 def place(folder: Path, suite: str, checkpoint: str) -> Path:
     """The record of a suite on a checkpoint; ``folder`` is a run's ``evaluations/``."""
     return folder / suite / f"{checkpoint}.json"

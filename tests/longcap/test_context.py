@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longclip.data.counter import TokenCounter
-from longclip.data.waste import lengths_of
+from longclip.data.waste import Lengths
 from longclip.longcap.article import Article, Figure, License, Mention, Paragraph
-from longclip.longcap.context import Context, describe
+from longclip.longcap.context import Context, Description
 from tests.vocabularies import clip_bpe, wordpiece
 
 PLOS = Path(os.environ.get("LONGCLIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")) / "jats" / "plos"
@@ -35,6 +35,14 @@ ABSTRACT = ("Glaucoma kills ganglion cells of the optic nerve. We fed mice. Mice
 def words(text: str) -> int:
     """A tokenizer of words and two special tokens."""
     return len(text.split()) + 2
+
+
+def lengths_of(texts: list[str], counter: TokenCounter) -> Lengths:
+    return Lengths(Counter(counter.many(texts)), counter.specials)
+
+
+def describe(article: Article, figure: Figure, budget: int, count: Callable[[str], int]) -> Description:
+    return Context(article, count).describe(figure, budget)
 
 
 def figure(id: str, caption: str, *names: str) -> Figure:

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("lxml", reason="the extra longcap is not installed")
 
 from lxml import etree
+from PIL import Image
 
 from longclip.longcap.article import Article, Figure
 from longclip.longcap.images import encode, find, listing
@@ -109,9 +110,11 @@ def test_every_image_of_the_records_is_encoded_at_the_size_it_has(records: list[
     for record in records:
         path = HERE / "with-images" / record["image"]
         image = encode(path)
-        assert image.kept == (image.jpeg == path.read_bytes()) == (path.suffix == ".jpg")
-        assert (image.width, image.height) == image.original_size
-        kept += image.kept
+        same = image.jpeg == path.read_bytes()
+        assert same == (path.suffix == ".jpg")
+        with Image.open(path) as opened:
+            assert (image.width, image.height) == opened.size
+        kept += same
     assert kept == 95
 
 
