@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from longclip.collect.checks import Undeclared
-from longclip.collect.comparison import Cell
+from longclip.collect.comparison import Cell, group_of
 from longclip.collect.progress import last_evaluation
 from longclip.collect.row import SEED, WINDOW, Row
 from longclip.errors import UserError
@@ -30,7 +30,7 @@ class Arm:
     @property
     def group(self) -> str:
         """Equal in every axis but the window."""
-        return repr((self.sweep, sorted(self.axes.items())))
+        return group_of(self.sweep, self.axes)
 
     def done(self, cut: int | None) -> tuple[Row, ...]:
         """The runs that count: finished ones; at equal samples, all that validation has seen by then."""
@@ -75,7 +75,7 @@ def choose(arms: list[Arm], over: Sequence[str], cut: int | None) -> tuple[list[
     pools: dict[str, list[Arm]] = {}
     for arm in arms:
         rest = {k: v for k, v in arm.axes.items() if k not in over}
-        pools.setdefault(repr((arm.sweep, sorted(rest.items()), arm.window)), []).append(arm)
+        pools.setdefault(repr((group_of(arm.sweep, rest), arm.window)), []).append(arm)
     for pool in pools.values():
         means = {i: best.value for i, arm in enumerate(pool) if (best := best_of(arm.done(cut), cut)) is not None}
         winner = max(means, key=lambda i: means[i], default=None)

@@ -307,12 +307,11 @@ def _reported(one: Reference) -> Line:
 def _baseline(line: Line, lines: Sequence[Line]) -> Line | None:
     """The line of the smallest window of its group, at its own window, on the same queries."""
     if line.kind == "external":
-        groups = {repr((x.sweep, sorted(x.axes.items()))) for x in lines if x.kind == "measured"}
-        if len(groups) != 1:
-            return None
         group = [x for x in lines if x.kind == "measured"]
+        if len({x.group for x in group}) != 1:
+            return None
     else:
-        group = [x for x in lines if x.kind == "measured" and (x.sweep, x.axes) == (line.sweep, line.axes)]
+        group = [x for x in lines if x.kind == "measured" and x.group == line.group]
     smallest = min((x.window for x in group if x.window), default=None)
     found = [x for x in group if x.window == smallest and x.own and x.counts and x.task == line.task]
     found.sort(key=lambda x: bool(x.marks))

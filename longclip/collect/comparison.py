@@ -25,6 +25,11 @@ VAL = "val"
 """the task of a comparison at equal samples (``--trim``): validation, which is scored along the way"""
 
 
+def group_of(sweep: str, axes: Mapping[str, Any]) -> str:
+    """What is compared with each other: runs of one sweep that are equal in all ``axes``, window and seed left out."""
+    return repr((sweep, sorted(axes.items())))
+
+
 @dataclass(frozen=True)
 class Cell:
     """A figure of an arm: the mean over its seeds."""
@@ -112,6 +117,11 @@ class Line:
     """hash of the content that it was scored on"""
     called: str = ""
     """the data, as people call them"""
+
+    @property
+    def group(self) -> str:
+        """Lines of one group differ in the window only, as far as was declared."""
+        return group_of(self.sweep, self.axes)
 
     @property
     def own(self) -> bool:

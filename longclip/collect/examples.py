@@ -98,7 +98,7 @@ def _arms(lines: Sequence[Line]) -> tuple[tuple[Row, Scores], tuple[Row, Scores]
     """The two runs to be shown, or why there are none."""
     groups: dict[str, list[Line]] = {}
     for line in lines:
-        groups.setdefault(repr((line.sweep, sorted(line.axes.items()))), []).append(line)
+        groups.setdefault(line.group, []).append(line)
     several = [g for g in groups.values() if len({line.window for line in g}) > 1]
     if not several:
         return "no two windows of one sweep were tested"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from longclip.collect import plots
 from longclip.collect.comparison import SIDES, VAL, Comparison, Line
-from longclip.collect.row import EMPTY, LOSS, RECALL, TEST, Curve, Row
+from longclip.collect.row import LOSS, RECALL, TEST, Curve, Row
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
@@ -104,23 +104,18 @@ def _probe(comparison: Comparison, task: str) -> Figure:
 def _line(
     i: int, label: str, found: Sequence[Curve], places: Sequence[Floats], scale: float, mode: str
 ) -> list[Figure]:
-    """One arm: a run's own points; of several, the mean where all have been, and a band of one standard deviation."""
-    there = [(c, x) for c, x in zip(found, places, strict=True) if len(c)]
-    if not there:
+    """One arm, and where it has several runs a band of one standard deviation."""
+    line = plots.folded(found, places)
+    if line is None:
         return []
-    if len(there) == 1:
-        curve, x = there[0]
-        return [{**_trace(i, label, x, scale * curve.values), "mode": mode}]
-    first, last = max(c.samples[0] for c, _ in there), min(c.samples[-1] for c, _ in there)
-    grid = np.unique(np.concatenate([c.samples for c, _ in there] or [EMPTY.samples]))
-    grid = grid[(grid >= first) & (grid <= last)]
-    values = scale * np.array([np.interp(grid, c.samples, c.values) for c, _ in there])
-    x = np.mean([np.interp(grid, c.samples, place) for c, place in there], axis=0)
-    mean, spread = values.mean(axis=0), values.std(axis=0, ddof=1)
-    trace = {**_trace(i, label, x, mean), "mode": mode}
+    x, mean, spread = line
+    trace = {**_trace(i, label, x, scale * mean), "mode": mode}
+    if spread is None:
+        return [trace]
+    low, high = scale * (mean - spread), scale * (mean + spread)
     band = {
         "x": [*trace["x"], *reversed(trace["x"])],
-        "y": [*_numbers(mean + spread), *reversed(_numbers(mean - spread))],
+        "y": [*_numbers(high), *reversed(_numbers(low))],
         "fill": "toself",
         "fillcolor": trace["line"]["color"] + "26",
         "line": {"width": 0},

@@ -143,7 +143,7 @@ def _bests(lines: Sequence[Line]) -> dict[str, float]:
     """The best of each arm that others are measured against: the smallest window of its group."""
     groups: dict[str, list[Line]] = {}
     for line in lines:
-        groups.setdefault(repr((line.sweep, sorted(line.axes.items()))), []).append(line)
+        groups.setdefault(line.group, []).append(line)
     smallest = [min(group, key=lambda line: line.window or 0) for group in groups.values()]
     return {line.name: line.best.value for line in smallest if line.counts and line.best is not None}
 
@@ -173,27 +173,40 @@ def clocks(line: Line, found: Sequence[Curve], of: Callable[[Row, Floats], Float
     return [of(row, curve.times) for row, curve in zip(line.rows, found, strict=True)]
 
 
-def _line(
-    panel: Axes, found: Sequence[Curve], places: Sequence[Floats], label: str, look: dict[str, Any], scale: float
-) -> None:
-    """Draws one arm: a run's own points; of several, the mean at every position that all have reached, with a band.
+def folded(found: Sequence[Curve], places: Sequence[Floats]) -> tuple[Floats, Floats, Floats | None] | None:
+    """One arm's line: x, y, and of several runs the standard deviation of y, [N] each. A run's own points; of several,
+    the mean at every position that all have reached. None where there is no point.
 
     ``places`` are the runs' x values, one for each point; their means are the arm's.
     """
     there = [(c, x) for c, x in zip(found, places, strict=True) if len(c)]
-    if len(there) < 2:
-        curve, x = there[0] if there else (EMPTY, np.array([]))
-        panel.plot(x, scale * curve.values, label=label if there else f"{label}: nothing yet", **look)
-        return
+    if not there:
+        return None
+    if len(there) == 1:
+        curve, x = there[0]
+        return x, curve.values, None
     # No run is drawn on beyond its end, and none before its first point.
     first, last = max(c.samples[0] for c, _ in there), min(c.samples[-1] for c, _ in there)
     grid = np.unique(np.concatenate([c.samples for c, _ in there]))
     grid = grid[(grid >= first) & (grid <= last)]
-    values = scale * np.array([np.interp(grid, c.samples, c.values) for c, _ in there])
+    values = np.array([np.interp(grid, c.samples, c.values) for c, _ in there])
     xs = np.mean([np.interp(grid, c.samples, x) for c, x in there], axis=0)
-    mean, spread = values.mean(axis=0), values.std(axis=0, ddof=1)
-    panel.plot(xs, mean, label=label, **look)
-    panel.fill_between(xs, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
+    return xs, values.mean(axis=0), values.std(axis=0, ddof=1)
+
+
+def _line(
+    panel: Axes, found: Sequence[Curve], places: Sequence[Floats], label: str, look: dict[str, Any], scale: float
+) -> None:
+    """Draws one arm, with a band of one standard deviation where it has several runs."""
+    line = folded(found, places)
+    if line is None:
+        panel.plot([], [], label=f"{label}: nothing yet", **look)
+        return
+    x, mean, spread = line
+    panel.plot(x, scale * mean, label=label, **look)
+    if spread is not None:
+        low, high = scale * (mean - spread), scale * (mean + spread)
+        panel.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def kept_tokens(line: Line) -> dict[int, Any]:
