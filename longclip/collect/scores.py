@@ -88,12 +88,14 @@ def together(own: Sequence[Scores], suites: Sequence[Scores], tests: Sequence[Sc
 
     Another text of the same shards, or another convention, is of other queries: a task by itself.
     """
-    found = {(s.task, s.window): s for s in own}
+    found = {(s.task, s.data, s.text, s.window): s for s in own}
     for s in suites:
-        task = TEST if any(s.alike(test) for test in tests) else s.task
-        before = found.setdefault((task, s.window), replace(s, task=task))
+        test = next((test for test in tests if s.alike(test)), None)
+        task, text = (s.task, s.text) if test is None else (TEST, test.text)
+        key = task, s.data, text, s.window
+        before = found.setdefault(key, replace(s, task=task, text=text))
         metrics, ranks = dict(s.metrics) | dict(before.metrics), before.ranks or s.ranks
-        found[task, s.window] = replace(before, metrics=metrics, ranks=ranks)
+        found[key] = replace(before, metrics=metrics, ranks=ranks)
     return tuple(found.values())
 
 

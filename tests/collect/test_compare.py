@@ -21,7 +21,7 @@ from longclip.collect.tables import markdown
 from longclip.errors import ExperimentError, UserError
 from longclip.experiment.sweep import short_name
 from longclip.run.evaluations import place, write
-from longclip.run.folder import RunFolder, write_json
+from longclip.run.folder import RunFolder, read_json, write_json
 from tests.collect.planted import QUERIES, metrics, ranks, retrieval_task, scored_run, suite_record
 from tests.helpers import add_attempt, end, experiment, finished_run, make_run, save_checkpoint, train
 
@@ -392,6 +392,21 @@ def test_other_captions_of_the_same_shards_are_another_test(tmp_path: Path) -> N
     assert said == [
         "openai--clip: zoo/model at window 77 is of the test set's shards with text alt, the runs' test with txt: not "
         "compared with it (text: txt in the suite's task, and longclip evaluate, does that)"
+    ]
+
+
+def test_two_test_sets_of_one_model_are_two(tmp_path: Path) -> None:
+    """Sweeps that were tested on other data, side by side."""
+    scored_run(tmp_path, 77, 0.4)
+    (tmp_path / "tiny").rename(tmp_path / "first")
+    second = scored_run(tmp_path, 77, 0.4)
+    write_json(second.evaluations / "test.json", read_json(second.evaluations / "test.json") | {"dataset": "8" * 64})
+    r, q = ranks(0.9, 3), ranks(0.2, 3)
+    outside(tmp_path, {"a": retrieval_task(r, r), "b": retrieval_task(q, q, data="8" * 64)})
+    found = command.run(["first", "tiny", "models"], tmp_path / "out", Options(), None, tmp_path)[0].comparison
+    theirs = [x for x in found.lines if x.kind == "external"]
+    assert [(x.task, x.scores["i2t_recall_at_1"].value) for x in theirs] == [
+        ("test", float((one < 1).mean())) for one in (r, q)
     ]
 
 
