@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -85,6 +86,9 @@ def start(rendezvous: str | None = None) -> Ranks:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, dist_init_required=False)
+    # ZeRO's collectives run on groups that DeepSpeed makes for itself, of which it names the ranks and no timeout
+    # (deepspeed/comm/torch.py ``new_group``): torch would give up on those (NCCL: 10 min) before the watch is sure.
+    deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=COLLECTIVE_TIMEOUT)
     return Ranks(rank, size, local_rank, device)
 
 

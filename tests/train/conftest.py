@@ -68,6 +68,7 @@ def trained(run_ranks: Callable[[Groups], Groups], checkpoints: Path) -> Groups:
         groups[size]["talk"] = {"do": "talk"}
         groups[size]["masked"] = {"do": "train", "stage": 2, "masked": True}
     groups[1] |= {f"diverge zero{stage}": {"do": "diverge", "stage": stage} for stage in STAGES}
+    groups[2] |= {f"timeouts zero{stage}": {"do": "timeouts", "stage": stage} for stage in STAGES}
     groups[2]["wrong"] = {"do": "wrong", "stage": 1}
     return run_ranks(groups)
 

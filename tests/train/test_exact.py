@@ -14,6 +14,8 @@ import pytest
 
 from longclip.errors import UserError
 from longclip.train import engine
+from longclip.train.ranks import COLLECTIVE_TIMEOUT
+from longclip.train.watch import LONGEST_LIMIT
 from tests.train.conftest import STAGES, Groups
 from tests.train.two_towers import CLIP, LR, STEPS, WARMUP, experiment, plain_training
 
@@ -89,6 +91,15 @@ def test_ranks_agree(trained: Groups, ranks: int) -> None:
     assert said["sums"] == [ranks, sum(rank + 0.5 for rank in range(ranks))]
     assert said["any"] == [True, False]
     assert said["told"] == {"from": 0}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_collective_gives_up_before_the_watch(trained: Groups, stage: int) -> None:
+    """The engine's group is DeepSpeed's own, not the one that ranks.py starts with."""
+    seconds = trained[2][f"timeouts zero{stage}"]
+    assert "the engine's" in seconds
+    assert set(seconds.values()) == {COLLECTIVE_TIMEOUT.total_seconds()}
+    assert COLLECTIVE_TIMEOUT.total_seconds() > LONGEST_LIMIT
 
 
 ALONE = """

@@ -291,6 +291,22 @@ def talk(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
     }
 
 
+def timeouts(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """Seconds after which torch gives up on a collective, in each process group that an engine brought along."""
+    from torch.distributed import distributed_c10d as c10d
+
+    running = engine.start(TwoTowers(), experiment(job["stage"]), me)
+    running.backward(loss.contrastive_loss(*running(*own_part(me, *batch(0))), me))
+    engine.step(running)
+    groups = {**c10d._world.pg_names, running.data_parallel_group: "the engine's"}
+    seconds = {
+        name: group._get_backend(me.device).options._timeout.total_seconds()  # type: ignore[attr-defined]
+        for group, name in groups.items()
+    }
+    running.destroy()
+    return seconds
+
+
 def run_rank(rank: int, group: dict[str, Any]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(group["ranks"]), LOCAL_RANK=str(rank))
     me = ranks.start(f"file://{group['results']}.meet")
