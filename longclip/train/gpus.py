@@ -1,7 +1,8 @@
 """GPUs that an estimate can be made for: memory, and the peak of dense matrix products.
 
 Numbers are the vendors', without sparsity and per device that a rank gets (of an MI250X that is one of its two dies).
-fp32 is torch's default, which uses no TF32 (on AMD: the matrix cores' fp32).
+fp32 uses no TF32, neither in torch's default for matrix products nor, by train/ranks.py, in convolutions (on AMD: the
+matrix cores' fp32).
 
 Sources: NVIDIA's data sheets of V100, A100, A40, RTX A6000, L40S, H100, GH200, H200 and HGX B200; AMD's of MI250X and
 MI300X.

@@ -121,7 +121,7 @@ def _identity(rendezvous: str | None) -> tuple[int, int, int]:
 
 
 def _device(local_rank: int) -> torch.device:
-    """The GPU of this rank, or the CPU where torch sees no GPU at all.
+    """The GPU of this rank, or the CPU where torch sees no GPU at all. On a GPU fp32 is fp32 from here on, not TF32.
 
     Slurm may show each task its own GPU only (--gpus-per-task): then it is number 0 to every one of them. DeepSpeed
     takes its device from LOCAL_RANK (deepspeed/runtime/engine.py:1966), which is set accordingly.
@@ -135,6 +135,8 @@ def _device(local_rank: int) -> torch.device:
         raise SiteError(f"local rank {local_rank} has no GPU: this node shows {visible}; ask for one task per GPU")
     os.environ["LOCAL_RANK"] = str(index)
     torch.cuda.set_device(index)
+    # On by default since Ampere, for convolutions alone: the patches of ``precision: fp32`` would be of 10 bits.
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda", index)
 
 
