@@ -31,24 +31,27 @@ def evaluate(
     """Retrieval over a dataset, features computed by all ranks, the same numbers on any number of them.
 
     ``model`` is what is called (the DeepSpeed engine), ``module`` what is switched to evaluation. Samples that cannot
-    be read are left out on all ranks. ``alive`` is called after every batch. All samples, or the ``first`` so many.
+    be read are left out on all ranks. ``alive`` is called after every batch, equally often on all ranks, and may end it
+    all by raising on all of them. All samples, or the ``first`` so many.
     Besides the scores there are ``pairs`` (how many counted) and ``waste`` at this window. The arrays are those of a
     record (run/evaluations.py).
     """
     was_training = module.training
     module.eval()
     images, texts, lengths, kept, lost = [], [], [], 0, 0
-    with torch.no_grad():
-        for part, count in evaluation_batches(reader, batch, ranks.rank, ranks.size, first):
-            image_BD, text_BD, *_ = model(part.images(ranks.device), part.text.to(ranks.device))
-            use = part.valid[:count].nonzero()[:, 0].to(ranks.device)
-            images.append(image_BD[:count][use].cpu())
-            texts.append(text_BD[:count][use].cpu())
-            lengths.append([part.full[i] for i in use.tolist()])
-            if count:
-                kept, lost = kept + part.tokens, lost + part.tokens_cut
-            alive()
-    module.train(was_training)
+    try:
+        with torch.no_grad():
+            for part, count in evaluation_batches(reader, batch, ranks.rank, ranks.size, first):
+                image_BD, text_BD, *_ = model(part.images(ranks.device), part.text.to(ranks.device))
+                use = part.valid[:count].nonzero()[:, 0].to(ranks.device)
+                images.append(image_BD[:count][use].cpu())
+                texts.append(text_BD[:count][use].cpu())
+                lengths.append([part.full[i] for i in use.tolist()])
+                if count:
+                    kept, lost = kept + part.tokens, lost + part.tokens_cut
+                alive()
+    finally:
+        module.train(was_training)
     pieces = ranks.gather((images, texts, kept, lost, lengths))
     # Batches were dealt in turn: laid back in turn, the gallery is in the dataset's order on any number of ranks.
     rounds = len(images)

@@ -89,7 +89,9 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
 def _checkpoints(folder: Path) -> list[dict[str, Any]]:
     """Newest last. ``best`` is what validation had chosen when the newest was saved."""
     latest = (_json(folder / "latest") or {}).get("checkpoint")
-    best = ((_json(folder / str(latest) / "state.json") or {}).get("best") or {}).get("checkpoint")
+    newest = folder / str(latest)
+    state = {**(_json(newest / "state.json") or {}), **(_json(newest / "validated.json") or {})}
+    best = (state.get("best") or {}).get("checkpoint")
     return [
         {
             "name": path.name,

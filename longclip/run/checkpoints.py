@@ -5,6 +5,7 @@
                               exp_avg_sq.safetensors   Adam's second moment, same names
                               state.json               step, samples, the best checkpoint so far, ...
                               manifest.json            size and sha256 of each file above, written last
+                              validated.json           goes over state.json: of a validation made up for later
                               pinned                   made by a user (touch): this checkpoint stays
     checkpoints/latest        {"checkpoint": "step-00000123"}, moved last of all
     checkpoints/broken-*      set aside: its files were not those of its manifest
@@ -26,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from longclip.errors import LongclipError, UserError
+from longclip.run.folder import read_json, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHTS = "weights"
 STATE = "state.json"
 MANIFEST = "manifest.json"
+VALIDATED = "validated.json"
 LATEST = "latest"
 PINNED = "pinned"
 
@@ -90,11 +93,20 @@ def last(folder: Path) -> Path:
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint. Raises LongclipError where it is missing or broken."""
+    """The state that a checkpoint was saved with, and what :func:`amend` has added to it.
+
+    Raises LongclipError where ``state.json`` is missing or broken.
+    """
     try:
-        return dict(json.loads((path / STATE).read_text()))
+        state = dict(json.loads((path / STATE).read_text()))
+        return state | (read_json(path / VALIDATED) if (path / VALIDATED).exists() else {})
     except (FileNotFoundError, ValueError, TypeError) as error:
         raise LongclipError(f"{path / STATE} is broken: {error!r}") from error
+
+
+def amend(path: Path, found: dict[str, Any]) -> None:
+    """Adds to a checkpoint's state what was found out after it was saved. Its other files stay as they are."""
+    write_json(path / VALIDATED, found)
 
 
 def verify(path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TextIO
 
@@ -91,13 +92,22 @@ def laid(attempts: Sequence[Attempt], journals: Mapping[Attempt, Sequence[Point]
     """The journals of all attempts laid end to end, each cut where the next one resumed."""
     parts: list[Sequence[Point]] = []
     end = float("inf")
+    again: set[str] = set()
+    """metrics of later attempts at ``end`` itself: one may begin with a validation of what it resumed from"""
     for attempt in reversed(attempts):
         if attempt.resumed_at is None:
             continue
         points = journals[attempt]
-        parts.append(points if end == float("inf") else [p for p in points if p.samples <= end])
+        if end < float("inf"):
+            points = [p for p in points if p.samples < end or (p.samples == end and not again & p.metrics.keys())]
+        parts.append(points)
         end = min(end, float(attempt.resumed_at))
+        again = {name for part in parts for name in _named_up_to(part, end)}
     return [point for part in reversed(parts) for point in part]
+
+
+def _named_up_to(points: Sequence[Point], samples: float) -> set[str]:
+    return {name for p in takewhile(lambda p: p.samples <= samples, points) for name in p.metrics}
 
 
 def series(points: Iterable[Point], metric: str) -> list[tuple[int, float]]:

@@ -76,7 +76,7 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
     Raises LongclipError, on all ranks, where a file is broken, or where parameters differ in name or shape.
     """
     on_rank_0(ranks, path, partial(checkpoints.verify, path))
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    state = on_rank_0(ranks, path, partial(checkpoints.state_of, path))
     with safe_open(path / f"{WEIGHTS}.safetensors", framework="pt") as saved:
         names = saved.keys()
         _compare(engine, {name: tuple(saved.get_slice(name).get_shape()) for name in names}, path)
@@ -89,6 +89,20 @@ def restore(engine: Any, path: Path, ranks: Ranks) -> dict[str, Any]:
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer.update_lp_params()  # the module's copies, in its own precision, from the fp32 slices
     return state
+
+
+def amend(path: Path, state: dict[str, Any], ranks: Ranks, fence: Callable[[], None]) -> None:
+    """Adds what a validation found to the state of the checkpoint ``path``, from which this attempt went on.
+
+    Collective.
+    Raises, on all ranks, as :func:`save` does.
+    """
+
+    def write() -> None:
+        fence()
+        checkpoints.amend(path, {key: state[key] for key in ("best", "validation_due")})
+
+    on_rank_0(ranks, path, write)
 
 
 def newest(folder: Path, ranks: Ranks) -> Path | None:

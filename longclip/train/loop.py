@@ -57,6 +57,10 @@ class Diverged(LongclipError):
     """The loss or its gradient is no longer a number."""
 
 
+class _Stopped(Exception):
+    """The ranks have agreed to stop within a validation."""
+
+
 class TooManyBad(UserError):
     """More samples cannot be used than ``engine.bad_limit`` allows."""
 
@@ -81,6 +85,8 @@ class Job:
 def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: False) -> str:
     """Trains, evaluates and saves until the end (``finished``) or a request to stop (``interrupted``).
 
+    A validation for which a request to stop leaves no time is made up for by the attempt that goes on.
+
     Raises:
         UserError: the inputs do not fit the experiment; nothing was trained.
         Diverged: the loss is not finite.
@@ -94,7 +100,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     assert isinstance(train_set, Sources)
     batch = recipe.global_batch
     total_steps = steps_of(experiment, len(train_set))
-    state: dict[str, Any] = {"step": 0, "samples": 0, "best": None}
+    state: dict[str, Any] = {"step": 0, "samples": 0, "best": None, "validation_due": False}
     source = checkpoint.newest(job.run.checkpoints, ranks)
     if source is not None:
         state = checkpoint.restore(engine, source, ranks)
@@ -139,7 +145,38 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
     def alive() -> None:
         job.beat(state["samples"])
 
+    def go_on() -> None:
+        alive()
+        if ranks.agree(should_stop()):
+            raise _Stopped
+
+    def validate(said: str) -> bool:
+        """Scores the weights as they are; whether they are the best so far. Raises _Stopped on all ranks."""
+        scores = evaluate(engine, engine.module, val, experiment.evaluate.batch, ranks, go_on).facts
+        improved = state["best"] is None or scores["mean_recall_at_1"] > state["best"]["value"]
+        if improved:
+            state["best"] = {
+                "checkpoint": f"step-{state['step']:08d}",
+                "value": scores["mean_recall_at_1"],
+                "samples": state["samples"],
+            }
+        state["validation_due"] = False
+        if journal:
+            journal.write(state["step"], state["samples"], {f"val/{k}": v for k, v in scores.items()})
+            journal.flush()
+            print(_progress(state, total_steps * batch, said, scores), flush=True)
+        meters.reset()
+        return improved
+
     alive()
+    if source is not None and state.get("validation_due"):  # whoever saved this was to stop, and had no time for it
+        try:
+            validate("validation made up for")
+        except _Stopped:
+            if journal:
+                journal.close()
+            return INTERRUPTED
+        checkpoint.amend(source, state, ranks, job.attempt.fence)
     for part in batches:
         step = state["step"]
         lr = engines.learning_rate(recipe, step, total_steps)
@@ -204,24 +241,17 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
 
         improved = False
         if _crossed(evaluated, state["samples"], evaluate_every) or last:
-            scores = evaluate(engine, engine.module, val, experiment.evaluate.batch, ranks, alive).facts
             evaluated = state["samples"]
-            improved = state["best"] is None or scores["mean_recall_at_1"] > state["best"]["value"]
-            if improved:
-                state["best"] = {
-                    "checkpoint": f"step-{state['step']:08d}",
-                    "value": scores["mean_recall_at_1"],
-                    "samples": state["samples"],
-                }
-            if journal:
-                journal.write(state["step"], state["samples"], {f"val/{k}": v for k, v in scores.items()})
-                journal.flush()
-                print(_progress(state, total_steps * batch, mean_loss, scores), flush=True)
-            meters.reset()
+            state["validation_due"] = True
+            if not stops:  # Slurm waits for a save, and not for minutes of validation before it
+                try:
+                    improved = validate(f"loss {mean_loss:.4f}")
+                except _Stopped:
+                    stops = 1.0
         if improved or stops or dues or last or (save_every and _crossed(saved, state["samples"], save_every)):
             save()
             meters.reset()
-        if stops and not last:
+        if stops and (not last or state["validation_due"]):
             if journal:
                 journal.close()
             return INTERRUPTED
@@ -361,8 +391,8 @@ def _opening(job: Job, ranks: Ranks, model: DualEncoder, state: dict[str, Any], 
     )
 
 
-def _progress(state: dict[str, Any], total: int, loss: float, scores: Mapping[str, float]) -> str:
+def _progress(state: dict[str, Any], total: int, said: str, scores: Mapping[str, float]) -> str:
     return (
-        f"{state['samples']:,}/{total:,} samples  loss {loss:.4f}  val R@1 "
+        f"{state['samples']:,}/{total:,} samples  {said}  val R@1 "
         f"i2t {100 * scores['i2t_recall_at_1']:.1f} t2i {100 * scores['t2i_recall_at_1']:.1f}"
     )

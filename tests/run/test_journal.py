@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longclip.run.journal import Journal, Point, effective, read_points
+from longclip.run.journal import Journal, Point, effective, read_points, series
 from tests.helpers import add_attempt, experiment, make_run, train
 
 
@@ -63,6 +63,24 @@ def test_what_was_computed_twice_shows_once(tmp_path: Path) -> None:
     assert [p.samples for p in points] == list(range(100, 801, 100))
     assert [p.metrics["train/loss"] for p in points if p.samples == 600] == [7.0]
     assert points[2].time < points[3].time
+
+
+def test_a_validation_made_up_for_shows_once(tmp_path: Path) -> None:
+    """Three attempts resume at 500, and each begins with what the first had no time for; the last goes on."""
+    run = make_run(tmp_path, experiment())
+    train(add_attempt(run, 0), 0, 500, 60)
+    for number, until in enumerate((500, 700, 800)):
+        attempt = add_attempt(run, 1000 * (number + 1))
+        attempt.begin(500)
+        journal = Journal(attempt.journal)
+        journal.write(5, 500, {"val/mean_recall_at_1": float(number)})
+        journal.close()
+        train(attempt, 500, until, 1000 * (number + 1))
+    points = effective(run)
+    assert series(points, "train/loss") == [(s, 5.0 - s / 1000) for s in range(100, 801, 100)]
+    assert series(points, "val/mean_recall_at_1") == [(500, 2.0)]
+    train(add_attempt(run, 9000), 500, 600, 9000)
+    assert series(effective(run), "val/mean_recall_at_1") == [(500, 2.0)], "that one was noted in the checkpoint"
 
 
 def test_there_is_no_journal_yet(tmp_path: Path) -> None:

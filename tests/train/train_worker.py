@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,15 @@ from longclip.evaluate.pairs import retrieve
 from longclip.evaluate.ranking import both_ways, retrieval
 from longclip.evaluate.retrieval import evaluate
 from longclip.evaluate.suite import Retrieval
+from longclip.launch import direct
+from longclip.launch.site import Site
 from longclip.model.clip import as_bf16, build
 from longclip.model.compiled import compile_layers
 from longclip.model.towers import Pixels
+from longclip.run.attempts import Attempt, attempts_of, claim
+from longclip.run.checkpoints import published, state_of
+from longclip.run.folder import RunFolder, read_json
+from longclip.run.journal import effective
 from longclip.train import cached, checkpoint, engine, loop, loss, masters, ranks
 from tests.train import small_clip
 from tests.train.two_towers import STEPS, TwoTowers, batch, experiment, pushed, valid_mask, whole_loss
@@ -288,6 +295,62 @@ def talk(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
         "sums": me.sum_across([1.0, me.rank + 0.5]),
         "any": [me.agree(last), me.agree(False)],
         "told": me.tell({"from": me.rank}),
+    }
+
+
+def interrupted(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """A run by the attempts that its stops make: its curves, its verdicts, what the validations said of each state.
+
+    A stop is ``["step", n]``, the n-th time that the last rank asks whether to stop after a step of the attempt, or
+    ``["validation 2", n]``, the n-th time within its second validation. None is an attempt that is left in peace.
+    """
+    run = RunFolder(Path())
+    verdicts, validated = [], loop.evaluate
+    for stop in job["stops"]:
+        told = None
+        if me.rank == 0:
+            site = Site(name="test", runs=Path(job["runs"]))
+            told = direct._record(Path(job["file"]), [f"engine.zero_stage={job['stage']}"], site)
+        path, number = me.tell(told)
+        run = RunFolder(Path(path))
+        if me.rank == 0:
+            claim(run, number, "1", {"ranks": me.size})
+        me.agree(False)
+        attempt = Attempt(run.attempts / f"{number:04d}")
+        asked: Counter[str] = Counter()
+        places = ["step"]
+
+        def should_stop() -> bool:
+            asked[places[-1]] += 1  # noqa: B023
+            return me.rank == me.size - 1 and [places[-1], asked[places[-1]]] == stop  # noqa: B023
+
+        def evaluate_and_tell(*args: Any) -> Any:
+            asked["validations"] += 1  # noqa: B023
+            places.append(f"validation {asked['validations']}")  # noqa: B023
+            try:
+                return validated(*args)
+            finally:
+                places.pop()  # noqa: B023
+
+        loop.evaluate = evaluate_and_tell
+        whole = loop.Job(run, attempt, run.experiment(), (attempt.submitted or {})["paths"])
+        verdicts.append(loop.train(whole, me, should_stop))
+        loop.evaluate = validated
+        if me.rank == 0:
+            attempt.end(verdicts[-1], 0)
+        me.agree(False)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for point in effective(run):
+        for name, value in point.metrics.items():
+            curves.setdefault(name, []).append((point.samples, value))
+    state = state_of(published(run.checkpoints)[-1])
+    return {
+        "verdicts": verdicts,
+        "curves": {name: points for name, points in curves.items() if name.startswith(("train/", "val/", "text/tok"))},
+        "resumed": [attempt.resumed_at for attempt in attempts_of(run)],
+        "best": state["best"],
+        "due": state.get("validation_due"),
+        "test": read_json(run.evaluations / "test.json")["metrics"],
     }
 
 
