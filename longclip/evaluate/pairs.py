@@ -17,7 +17,7 @@ from longclip.evaluate import probe
 from longclip.evaluate.conventions import Convention
 from longclip.evaluate.embed import Embedder
 from longclip.evaluate.gallery import Gallery, Shards
-from longclip.evaluate.ranking import ranks_of, retrieval, rows_at_once, sides
+from longclip.evaluate.ranking import both_ways, retrieval
 from longclip.evaluate.suite import Retrieval
 from longclip.run.evaluations import Scored
 
@@ -56,7 +56,7 @@ def retrieve(embedder: Embedder, task: Retrieval, gallery: Gallery) -> Scored:
     arrays: dict[str, NDArray[np.int32]] = {"tokens": tokens}
 
     def ranks(text_TD: Tensor) -> tuple[Ranks, Ranks]:
-        return _both_ways(embedder, pairs.image_ID, text_TD, pairs.owner_T, task.convention)
+        return both_ways(pairs.image_ID, text_TD, embedder.ranks, pairs.owner_T, task.convention, embedder.alive)
 
     for window in sorted({own, *also, *kept} - {w for w in also if w > embedder.reach}):
         text_TD = embedder.texts(pairs.texts, window)
@@ -114,27 +114,6 @@ def _queries(owner_T: Tensor, convention: Convention) -> NDArray[np.int64]:
     if convention != "open_clip":
         return np.arange(len(owner_T))
     return np.unique(owner_T.numpy(), return_index=True)[1]
-
-
-def _both_ways(
-    embedder: Embedder, image_ID: Tensor, text_TD: Tensor, owner_T: Tensor, convention: Convention
-) -> tuple[Ranks, Ranks]:
-    """As :func:`longclip.evaluate.ranking.both_ways`, by all ranks: blocks of queries are dealt in turn. Collective."""
-    ranks, found = embedder.ranks, []
-    for queries_QD, gallery_GD, matches_QC in sides(image_ID, text_TD, owner_T, convention):
-        rows = rows_at_once(len(gallery_GD))
-        gallery_GD = gallery_GD.to(ranks.device)
-        blocks = list(zip(torch.split(queries_QD, rows), torch.split(matches_QC, rows), strict=True))
-        mine = []
-        for turn in range(0, len(blocks), ranks.size):
-            if turn + ranks.rank < len(blocks):
-                queries_bD, matches_bC = blocks[turn + ranks.rank]
-                mine.append(ranks_of(queries_bD.to(ranks.device), gallery_GD, matches_bC, convention))
-            embedder.alive()
-        parts = ranks.gather(mine)
-        laid = [parts[i % ranks.size][i // ranks.size] for i in range(len(blocks))]
-        found.append(torch.cat(laid).numpy().astype(np.int32))
-    return found[0], found[1]
 
 
 def _strata(

@@ -10,12 +10,15 @@ Published Recall@K figures follow different conventions, which tell models apart
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from longclip.evaluate.conventions import Convention
+from longclip.train.ranks import Ranks
 
 KS = (1, 5, 10)
 CELLS = 2**26
@@ -39,27 +42,36 @@ def match_table(image_of_caption: Tensor, images: int) -> Tensor:
     return table
 
 
-def rows_at_once(gallery: int) -> int:
-    """Queries whose scores are held at a time."""
-    return max(1, CELLS // max(1, gallery))
-
-
-def ranks_of(queries_QD: Tensor, gallery_GD: Tensor, matches_QC: Tensor, convention: Convention = "strict") -> Tensor:
-    """How many wrong candidates come before each query's best match, [Q] int64; 0 is a hit at 1.
+def ranks_of(
+    queries_QD: Tensor,
+    gallery_GD: Tensor,
+    matches_QC: Tensor,
+    ranks: Ranks,
+    convention: Convention = "strict",
+    alive: Callable[[], None] = lambda: None,
+) -> NDArray[np.int32]:
+    """How many wrong candidates come before each query's best match, [Q]; 0 is a hit at 1. Collective.
 
     ``matches_QC`` holds the places in the gallery that are right for a query, -1 where there are fewer: at least one a
     query. The other matches of a query are never counted against it.
+
+    All ranks hold all of it, on the CPU. Blocks of queries, the same on any number of ranks, are dealt to them in turn;
+    ``alive`` is called after each turn.
     """
-    rows = rows_at_once(len(gallery_GD))
-    scores_buffer = torch.empty(rows, len(gallery_GD), device=gallery_GD.device)
-    found = []
-    for queries_bD, matches_bC in zip(torch.split(queries_QD, rows), torch.split(matches_QC, rows), strict=True):
-        scores_bG = torch.matmul(queries_bD, gallery_GD.T, out=scores_buffer[: len(queries_bD)])
-        absent_bC = matches_bC.to(scores_bG.device) < 0
-        places_bC = matches_bC.to(scores_bG.device).clamp(min=0)
-        count = _misses if convention == "strict" else _before
-        found.append(count(scores_bG, places_bC, absent_bC).cpu())
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.long)
+    rows = max(1, CELLS // max(1, len(gallery_GD)))
+    blocks = list(zip(torch.split(queries_QD, rows), torch.split(matches_QC, rows), strict=True))
+    gallery_GD = gallery_GD.to(ranks.device)
+    scores_buffer = torch.empty(rows, len(gallery_GD), device=ranks.device)
+    count = _misses if convention == "strict" else _before
+    mine = []
+    for turn in range(0, len(blocks), ranks.size):
+        if turn + ranks.rank < len(blocks):
+            queries_bD, matches_bC = (part.to(ranks.device) for part in blocks[turn + ranks.rank])
+            scores_bG = torch.matmul(queries_bD, gallery_GD.T, out=scores_buffer[: len(queries_bD)])
+            mine.append(count(scores_bG, matches_bC.clamp(min=0), matches_bC < 0).cpu())
+        alive()
+    parts = ranks.gather(mine)
+    return torch.cat([parts[i % ranks.size][i // ranks.size] for i in range(len(blocks))]).numpy().astype(np.int32)
 
 
 def _misses(scores_bG: Tensor, places_bC: Tensor, absent_bC: Tensor) -> Tensor:
@@ -89,24 +101,22 @@ def _before(scores_bG: Tensor, places_bC: Tensor, absent_bC: Tensor) -> Tensor:
 
 
 def both_ways(
-    image_ID: Tensor, text_TD: Tensor, image_of_caption: Tensor | None = None, convention: Convention = "strict"
-) -> tuple[Tensor, Tensor]:
+    image_ID: Tensor,
+    text_TD: Tensor,
+    ranks: Ranks,
+    image_of_caption: Tensor | None = None,
+    convention: Convention = "strict",
+    alive: Callable[[], None] = lambda: None,
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Ranks of images among captions, [I], and of captions among images, [T]. Without ``image_of_caption`` caption i
-    belongs to image i."""
-    i2t, t2i = (ranks_of(*side, convention) for side in sides(image_ID, text_TD, image_of_caption, convention))
-    return i2t, t2i
-
-
-def sides(
-    image_ID: Tensor, text_TD: Tensor, image_of_caption: Tensor | None = None, convention: Convention = "strict"
-) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Queries, gallery and matches, as :func:`ranks_of` takes them: images among captions, captions among images."""
+    belongs to image i. Collective; as :func:`ranks_of`."""
     owner_T = torch.arange(len(text_TD)) if image_of_caption is None else image_of_caption
     table = match_table(owner_T, len(image_ID)) if len(image_ID) else torch.zeros(0, 1, dtype=torch.long)
     if convention == "open_clip":
         firsts = table[:, 0]
         text_TD, owner_T, table = text_TD[firsts], torch.arange(len(firsts)), torch.arange(len(firsts))[:, None]
-    return (image_ID, text_TD, table), (text_TD, image_ID, owner_T[:, None])
+    i2t = ranks_of(image_ID, text_TD, table, ranks, convention, alive)
+    return i2t, ranks_of(text_TD, image_ID, owner_T[:, None], ranks, convention, alive)
 
 
 def summary(ranks_N: Tensor | NDArray[np.integer], direction: str) -> dict[str, float]:

@@ -31,8 +31,8 @@ def evaluate(
     """Retrieval over a dataset, features computed by all ranks, the same numbers on any number of them.
 
     ``model`` is what is called (the DeepSpeed engine), ``module`` what is switched to evaluation. Samples that cannot
-    be read are left out on all ranks. ``alive`` is called after every batch, equally often on all ranks, and may end it
-    all by raising on all of them. All samples, or the ``first`` so many.
+    be read are left out on all ranks. ``alive`` is called after every batch, and every block of queries that is ranked,
+    equally often on all ranks, and may end it all by raising on all of them. All samples, or the ``first`` so many.
     Besides the scores there are ``pairs`` (how many counted) and ``waste`` at this window. The arrays are those of a
     record (run/evaluations.py).
     """
@@ -59,7 +59,7 @@ def evaluate(
     text_ND = torch.cat([p[1][i] for i in range(rounds) for p in pieces])
     tokens = [length for i in range(rounds) for p in pieces for length in p[4][i]]
     kept, lost = sum(p[2] for p in pieces), sum(p[3] for p in pieces)
-    i2t, t2i = (found.numpy().astype(np.int32) for found in both_ways(image_ND, text_ND))
+    i2t, t2i = both_ways(image_ND, text_ND, ranks, alive=alive)
     scores = {**retrieval(i2t, t2i), "pairs": float(len(image_ND)), "waste": lost / max(1, kept + lost)}
     return Scored(scores, {"i2t": i2t, "t2i": t2i, "tokens": np.array(tokens, dtype=np.int32)})
 

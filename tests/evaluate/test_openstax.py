@@ -142,7 +142,7 @@ def test_frozen_features_with_linear_heads(towers: tuple[Frozen, Path], tmp_path
         scores = []
         for heads in trained_heads(*train, seed):
             image, text = (F.normalize(head(x).detach(), dim=1) for head, x in zip(heads, val, strict=True))
-            scores.append(retrieval(*both_ways(image, text)))
+            scores.append(retrieval(*both_ways(image, text, Ranks(0, 1, 0, image.device))))
         best.append(100 * max(scores, key=lambda one: one["mean_recall_at_1"])["i2t_recall_at_1"])
         last.append(100 * scores[-1]["i2t_recall_at_1"])
     shown = ", ".join(f"{x:.1f}" for x in best)

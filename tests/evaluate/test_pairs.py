@@ -119,7 +119,7 @@ def test_conventions(root: Path, model: DualEncoder) -> None:
     texts = made.texts(pairs.texts)
     for convention in ("open_clip", "clip_benchmark"):
         found = retrieve(made, task(convention=convention), gallery)
-        expected = ranking.both_ways(pairs.image_ID, texts, pairs.owner_T, convention)
+        expected = ranking.both_ways(pairs.image_ID, texts, ALONE, pairs.owner_T, convention)
         assert found.arrays["i2t"].tolist() == expected[0].tolist()
         assert found.arrays["t2i"].tolist() == expected[1].tolist()
         assert len(found.arrays["tokens"]) == len(found.arrays["t2i"])
@@ -192,6 +192,16 @@ def test_shards_give_what_validation_gives(root: Path, model: DualEncoder) -> No
     assert found.facts["text"] == "txt", "the shards' hash does not say it"
     del expected["waste"]  # the loop's counts the two special tokens of a spoiled image's caption
     assert {key: found.facts["metrics"][key] for key in expected} == pytest.approx(expected)
+
+
+def test_ranking_shows_signs_of_life(root: Path, model: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation as a suite: of a large gallery the ranking may take longer than the watch waits."""
+    made, gallery = embedder(root, model), open_gallery(str(root / "shards"), "txt")
+    reader = Reader(gallery.dataset, made.tokenizer, made.pixels, Text("txt"))  # type: ignore[attr-defined]
+    beats: list[int] = []
+    monkeypatch.setattr(ranking, "CELLS", 6 * 30)
+    evaluate(model, model, reader, 7, ALONE, lambda: beats.append(1))
+    assert len(beats) == 5 + 2 * 5, "31 samples in batches, 30 queries in blocks each way"
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

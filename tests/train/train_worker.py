@@ -169,7 +169,8 @@ def score(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
         with torch.no_grad():
             image, text, _ = model(whole.images(me.device), whole.text)
         expected.append(
-            retrieval(*both_ways(image[whole.valid], text[whole.valid])) | {"pairs": int(whole.valid.sum())}
+            retrieval(*both_ways(image[whole.valid], text[whole.valid], ranks.Ranks(0, 1, 0, me.device)))
+            | {"pairs": int(whole.valid.sum())}
         )
     return {"scores": scores, "expected": expected, "apart": [apart, apart_again], "alone": alone}
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from longclip.evaluate import ranking
+from longclip.train.ranks import Ranks
 
 
 def bare(image_ND: Tensor, text_ND: Tensor) -> None:
@@ -51,16 +52,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    alone = Ranks(0, 1, 0, torch.device("cpu"))
     random = torch.Generator().manual_seed(0)
     image_ND = normalize(torch.randn(asked.pairs, asked.dim, generator=random), dim=1)
     text_ND = normalize(image_ND + 1.5 * torch.randn(image_ND.shape, generator=random) / asked.dim**0.5, dim=1)
     before = peak()
-    scores = ranking.retrieval(*ranking.both_ways(image_ND, text_ND))
+    scores = ranking.retrieval(*ranking.both_ways(image_ND, text_ND, alone))
     grown = peak() - before
     bounds, ours = [], []
     for _ in range(asked.rounds):
         bounds.append(seconds(lambda: bare(image_ND, text_ND)))
-        ours.append(seconds(lambda: ranking.both_ways(image_ND, text_ND)))
+        ours.append(seconds(lambda: ranking.both_ways(image_ND, text_ND, alone)))
     print(f"machine: {processor()}, {asked.threads} threads; torch {torch.__version__}")
     print(
         f"{asked.pairs:,} x {asked.pairs:,}, dim {asked.dim}, both ways, median of {asked.rounds}; "
