@@ -155,10 +155,19 @@ def cosines(image_ND: Tensor, text_CD: Tensor) -> NDArray[np.float32]:
 
 def _log_odds(scores_NC: NDArray[np.float32]) -> NDArray[np.float64]:
     """log(p / (1 - p)) of p = softmax(SCALE x cosine): the order of the shares p, without their rounding to 0 and 1."""
-    exact = scores_NC.astype(np.float64)
-    odds = np.empty_like(exact)
-    for c in range(exact.shape[1]):
+    odds_NC = np.empty(scores_NC.shape)
+    rows = max(1, CELLS // scores_NC.shape[1])
+    for start in range(0, len(scores_NC), rows):
+        scores_bC = scores_NC[start : start + rows].astype(np.float64)
+        best_b1 = scores_bC.max(axis=1, keepdims=True)
+        best_bC = scores_bC == best_b1
         # Of differences, so that images of which no class is told apart have the same odds to the last bit.
-        others = np.delete(exact, c, axis=1) - exact[:, c : c + 1]
-        odds[:, c] = -np.logaddexp.reduce(SCALE * others, axis=1)
-    return odds
+        logs_bC = SCALE * (scores_bC - best_b1)
+        shares_bC = np.exp(logs_bC)
+        # Those of the best, 1 each, are counted apart: beside them what the others have would lose its digits.
+        others_b1 = np.where(best_bC, 0.0, shares_bC).sum(axis=1, keepdims=True)
+        ties_b1 = best_bC.sum(axis=1, keepdims=True)
+        rest_bC = np.where(best_bC, (ties_b1 - 1) + others_b1, ties_b1 + (others_b1 - shares_bC))
+        with np.errstate(divide="ignore"):  # of a single class
+            odds_NC[start : start + rows] = logs_bC - np.log(rest_bC)
+    return odds_NC

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -21,9 +23,10 @@ from longclip.data.loader import normalised
 from longclip.data.shards import open_dataset
 from longclip.data.tokens import Tokenizer
 from longclip.errors import UserError
+from longclip.evaluate import zeroshot
 from longclip.evaluate.embed import Embedder
 from longclip.evaluate.readers import open_labelled
-from longclip.evaluate.zeroshot import classify, cosines
+from longclip.evaluate.zeroshot import SCALE, _log_odds, classify, cosines
 from longclip.model.clip import DualEncoder, build
 from longclip.model.packing import pack
 from longclip.run.evaluations import Scored, headline
@@ -241,6 +244,49 @@ def test_equal_texts_tie_wherever_their_columns_stand() -> None:
     images, text = torch.randn(301, 512, generator=random), torch.randn(1, 512, generator=random)
     scores = cosines(torch.nn.functional.normalize(images), torch.nn.functional.normalize(text).repeat(37, 1))
     assert (scores == scores[:, :1]).all()
+
+
+@st.composite
+def cosines_of(draw: st.DrawFn) -> np.ndarray:
+    """[N, C] fp32: far apart, near each other, or of few values, so that many tie."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = draw(st.integers(1, 20)), draw(st.integers(2, 60))
+    scores = random.uniform(-1, 1, shape) * draw(st.sampled_from((1.0, 1e-2, 1e-6)))
+    if draw(st.booleans()):
+        scores = np.round(scores * 4) / 4
+    scores[random.random(shape) < draw(st.sampled_from((0.0, 0.1)))] = draw(st.sampled_from((1.0, -1.0, np.nan)))
+    return scores.astype(np.float32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cosines_of(), st.integers(1, 200))
+def test_log_odds_are_those_of_the_sums_written_out(scores: np.ndarray, cells: int) -> None:
+    """For each class the others' shares summed, one class after the other."""
+    exact = scores.astype(np.float64)
+    expected = np.empty_like(exact)
+    for c in range(exact.shape[1]):
+        others = np.delete(exact, c, axis=1) - exact[:, c : c + 1]
+        with np.errstate(invalid="ignore"):
+            expected[:, c] = -np.logaddexp.reduce(SCALE * others, axis=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zeroshot, "CELLS", cells)
+        odds = _log_odds(scores)
+    np.testing.assert_allclose(odds, expected, rtol=1e-13, atol=1e-13)
+    for row, found in zip(scores, odds, strict=True):
+        for score in [] if np.isnan(row).any() else row:
+            assert len(set(found[row == score].tolist())) == 1, "what ties has the same odds to the last bit"
+
+
+def test_images_of_which_no_class_is_told_apart_tie() -> None:
+    scores = np.repeat(np.random.default_rng(0).uniform(-1, 1, (50, 1)), 7, axis=1).astype(np.float32)
+    assert len(np.unique(_log_odds(scores))) == 1
+    assert np.isposinf(_log_odds(scores[:, :1])).all(), "a single class"
+
+
+def test_log_odds_of_as_many_classes_as_imagenet_has() -> None:
+    """In time in proportion to the scores: one after the other each of the classes took minutes."""
+    scores = np.random.default_rng(0).uniform(-1, 1, (500, 20_000)).astype(np.float32)
+    assert np.isfinite(_log_odds(scores)).all()
 
 
 def test_broken_images_are_left_out_named_and_keep_their_place(tmp_path: Path, embedder: Embedder) -> None:
