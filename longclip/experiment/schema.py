@@ -285,6 +285,9 @@ class Engine(Section):
             raise bad("deepspeed.zero_optimization.stage", "is decided by engine.zero_stage; set that instead")
         if self.compile and self.zero_stage == 3:
             raise bad("compile", "not with zero_stage 3, which gathers weights within the layers; valid is false")
+        if self.compile and self.activation_checkpointing:
+            why = "inside which torch does not compile packed text"
+            raise bad("compile", f"not with activation_checkpointing, {why}; valid is false")
         return self
 
 

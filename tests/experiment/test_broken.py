@@ -172,6 +172,11 @@ BROKEN: dict[str, tuple[Edit, str]] = {
         swap("zero_stage: 2", "zero_stage: 3\n  compile: true"),
         "bad.yaml:16: engine.compile: not with zero_stage 3, which gathers weights within the layers; valid is false",
     ),
+    "compiled layers that are checkpointed": (
+        swap("zero_stage: 2", "activation_checkpointing: true\n  compile: true"),
+        "bad.yaml:16: engine.compile: not with activation_checkpointing, "
+        "inside which torch does not compile packed text; valid is false",
+    ),
     "interval without unit": (
         add("evaluate: {every: '500'}\n"),
         "bad.yaml:18: evaluate.every: is '500'; valid is a number with one of epoch, samples, steps",
