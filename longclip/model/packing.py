@@ -50,7 +50,7 @@ class Packed:
         return len(self.lengths)
 
     def to(self, device: torch.device) -> Packed:
-        return replace(self, ids_T=self.ids_T.to(device, non_blocking=True))
+        return replace(self, ids_T=_sent(self.ids_T, device))
 
     def starts(self) -> list[int]:
         """Where each caption begins in ``ids_T``."""
@@ -59,18 +59,18 @@ class Packed:
     def positions_T(self) -> Tensor:
         """Position of each token in its caption, [T]."""
         starts = torch.repeat_interleave(torch.tensor(self.starts()), torch.tensor(self.lengths))
-        return (torch.arange(len(self.ids_T)) - starts).to(self.ids_T.device)
+        return _sent(torch.arange(len(self.ids_T)) - starts, self.ids_T.device)
 
     def segments_T(self) -> Tensor:
         """Place in the batch of each token's caption, [T]."""
         places = torch.repeat_interleave(torch.tensor(self.order), torch.tensor(self.lengths))
-        return places.to(self.ids_T.device)
+        return _sent(places, self.ids_T.device)
 
     def bounds(self) -> Bounds:
         """Where captions begin and end, in the two forms that attention wants."""
         groups = tuple((length, len(list(run))) for length, run in groupby(self.lengths) if length)
         ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
-        return Bounds(groups, ends.to(self.ids_T.device))
+        return Bounds(groups, _sent(ends, self.ids_T.device))
 
     def mean_BD(self, hidden_TD: Tensor) -> Tensor:
         """Mean over each caption's tokens in fp32, in batch order; of no tokens zero."""
@@ -78,7 +78,7 @@ class Packed:
         sums = sums.index_add(0, self.segments_T(), hidden_TD.float())
         counts = torch.empty(len(self))
         counts[list(self.order)] = torch.tensor(self.lengths, dtype=torch.float32)
-        return sums / counts.clamp(min=1).to(sums.device)[:, None]
+        return sums / _sent(counts.clamp(min=1), sums.device)[:, None]
 
     def first_BD(self, hidden_TD: Tensor) -> Tensor:
         """Each caption's first token in fp32, in batch order; where there is none zero."""
@@ -90,9 +90,17 @@ class Packed:
 
     def _one_each(self, hidden_TD: Tensor, rows: list[int]) -> Tensor:
         empty = bisect_right(self.lengths, 0)
-        at = torch.tensor([rows[empty:], self.order[empty:]], dtype=torch.long).to(hidden_TD.device)
+        at = _sent(torch.tensor([rows[empty:], self.order[empty:]], dtype=torch.long), hidden_TD.device)
         none = hidden_TD.new_zeros(len(self), hidden_TD.shape[-1], dtype=torch.float32)
         return none.index_copy(0, at[1], hidden_TD[at[0]].float())
+
+
+def _sent(made: Tensor, device: torch.device) -> Tensor:
+    """``made`` (on the CPU) on ``device``, without waiting until the GPU has done all that was asked of it before.
+
+    CUDA has taken its own copy of pageable memory when the call returns, and what runs next finds it there.
+    """
+    return made.to(device, non_blocking=True)
 
 
 def pack(captions: Sequence[Sequence[int]]) -> Packed:
