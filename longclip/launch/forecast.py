@@ -27,7 +27,8 @@ from longclip.launch.plan import Plan
 from longclip.launch.resolve import resolve, tower_config
 from longclip.launch.site import Site
 from longclip.model.shape import Shape, shape_of
-from longclip.run.journal import effective, series
+from longclip.run.attempts import attempts_of
+from longclip.run.journal import laid, read_points, series
 from longclip.train.estimate import UTILISATION, Captions, Estimate, estimate, published
 from longclip.train.gpus import Gpu, of_site
 
@@ -153,13 +154,18 @@ def columns(plan: Plan, guess: Estimate | None) -> tuple[str, str]:
         return "0", "0"
     if guess is None:
         return "?", "?"
-    experiment = plan.experiment
     hours = guess.rank_hours if plan.resolved.samples else None
-    points = effective(plan.run) if plan.run.exists() else []
-    speeds = [value for _, value in series(points, "speed/samples_per_second")][-10:]
+    attempts = attempts_of(plan.run) if plan.run.exists() else []
+    journals = {attempt: read_points(attempt.journal) for attempt in attempts}
+    # Of one rank: attempts may have had other numbers of them than the next one will.
+    speeds = [
+        value / int((attempt.started or {}).get("ranks", 1))
+        for attempt in attempts
+        for _, value in series(journals[attempt], "speed/samples_per_second")
+    ]
     if speeds and plan.resolved.samples:
-        left = plan.resolved.samples - points[-1].samples
-        hours = max(0, left) / median(speeds) / 3600 * experiment.slurm.ranks
+        left = plan.resolved.samples - laid(attempts, journals)[-1].samples
+        hours = max(0, left) / median(speeds[-10:]) / 3600
     return "?" if hours is None else f"{hours:.2g}", f"{guess.disk_bytes / 1e9:.2g} GB"
 
 

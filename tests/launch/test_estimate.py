@@ -194,6 +194,17 @@ def test_a_run_that_has_trained_is_measured_not_estimated(tmp_path: Path) -> Non
     journal.close()
     assert shown(plan_of(run, asked, "resume"), Site())[0] == f"{600 / 20 * 2 / 3600:.2g}"
     assert shown(plan_of(run, asked, "left alone"), Site()) == ("0", "0")
+    on_eight = asked.model_copy(update={"slurm": asked.slurm.model_copy(update={"tasks_per_node": 8})})
+    assert shown(plan_of(run, on_eight, "resume"), Site())[0] == f"{600 / 20 * 2 / 3600:.2g}", "two were measured"
+
+    more = add_attempt(run, 100, ranks=8)
+    more.begin(400)
+    journal = Journal(more.journal)
+    for step in range(5, 9):
+        journal.write(step, 100 * step, {"speed/samples_per_second": 40.0}, START + 100 + 5 * step)
+    journal.close()
+    both = (20 / 2 + 40 / 8) / 2  # of one rank: the median lies between four points of each
+    assert shown(plan_of(run, asked, "resume"), Site())[0] == f"{200 / both / 3600:.2g}"
 
 
 def test_a_new_run_is_estimated_where_its_gpu_is_known(tmp_path: Path) -> None:
