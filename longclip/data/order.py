@@ -152,6 +152,15 @@ class Mixture:
         return found
 
 
+def evenly(sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """``(shard, index)`` of ``count`` samples that lie evenly over shards of these ``sizes``, in their order, the first
+    and the last among them; of all samples where there are no more."""
+    ends = np.cumsum(sizes, dtype=np.int64)
+    positions = np.linspace(0, sum(sizes) - 1, min(count, sum(sizes))).astype(np.int64)
+    shards = np.searchsorted(ends, positions, side="right")
+    return list(zip(shards.tolist(), (positions - (ends - sizes)[shards]).tolist(), strict=True))
+
+
 def _counts(weights: Sequence[float]) -> NDArray[np.int64]:
     """PERIOD dealt out in proportion to ``weights``, the remainder to those that are owed most."""
     exact = np.array(weights, dtype=np.float64) / math.fsum(weights) * PERIOD

@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
+from longclip.data.order import evenly
 from longclip.data.shards import Dataset
 
 LICENSES = ("license", "article_license")
@@ -18,14 +17,12 @@ COUNTED = 2000
 
 def licenses(dataset: Dataset) -> tuple[Counter[str], int]:
     """What the training pairs say of their licence, and how many pairs were asked."""
-    ends = np.cumsum(dataset.sizes)
-    positions = np.linspace(0, len(dataset) - 1, min(COUNTED, len(dataset))).astype(int).tolist()
+    places = evenly(dataset.sizes, COUNTED)
     found: Counter[str] = Counter()
-    for position in positions:
-        shard = int(np.searchsorted(ends, position, side="right"))
-        _, _, fields = dataset.fields_and_text(shard, position - (int(ends[shard - 1]) if shard else 0))
+    for place in places:
+        _, _, fields = dataset.fields_and_text(*place)
         found[next((str(fields[key]) for key in LICENSES if fields.get(key)), "not stated")] += 1
-    return found, len(positions)
+    return found, len(places)
 
 
 def card(facts: Mapping[str, Any], recipe: str, notes: list[str]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longclip.data.loader import Reader, training_batches
-from longclip.data.order import Order, Positions
+from longclip.data.order import Order, Positions, evenly
 from longclip.data.shards import Dataset
 from longclip.data.sources import Sources
 from longclip.data.text import render
@@ -99,17 +99,12 @@ def longest(job: Job, reader: Reader, ranks: Ranks) -> list[tuple[int, int]]:
     Of CAPTIONS that lie evenly over the dataset; to know their lengths they must be tokenized. Collective.
     """
     dataset, count = reader.dataset, job.experiment.train.global_batch
-    ends = np.cumsum(dataset.sizes)
-    positions = np.linspace(0, len(dataset) - 1, min(CAPTIONS, len(dataset))).astype(np.int64)
-    mine = positions[ranks.rank :: ranks.size]
+    mine = evenly(dataset.sizes, CAPTIONS)[ranks.rank :: ranks.size]
     found: list[tuple[int, int, int]] = []
     for start in range(0, len(mine), CHUNK):
-        places, texts = [], []
-        for position in mine[start : start + CHUNK].tolist():
-            shard = int(np.searchsorted(ends, position, side="right"))
-            index = position - (int(ends[shard - 1]) if shard else 0)
-            _, text, fields = dataset.fields_and_text(shard, index)
-            places.append((shard, index))
+        places, texts = mine[start : start + CHUNK], []
+        for place in places:
+            _, text, fields = dataset.fields_and_text(*place)
             texts.append(render(reader.text.long, {**fields, "txt": text}))
         _, lengths = reader.tokenizer(texts)
         found += [(length, *place) for length, place in zip(lengths, places, strict=True)]

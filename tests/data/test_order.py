@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longclip.data.order import PERIOD, Mixture, Order, permutation, uniforms
+from longclip.data.order import PERIOD, Mixture, Order, evenly, permutation, uniforms
 
 sizes = st.lists(st.integers(min_value=0, max_value=40), min_size=1, max_size=40).filter(lambda s: sum(s) > 0)
 
@@ -133,3 +134,19 @@ def test_the_schedule_is_pinned() -> None:
 PINNED_PERMUTATION = [2, 6, 7, 5, 4, 3, 0, 1]
 PINNED_UNIFORMS = [0.813910240284, 0.752357396024]
 PINNED_SCHEDULE = "acbacaacbaca"
+
+
+@given(sizes, st.integers(1, 100))
+def test_evenly_over_the_shards(sizes: list[int], count: int) -> None:
+    """As many as were asked for, from the first to the last, at steps that differ by one at most; or all."""
+    everything = [(shard, i) for shard, size in enumerate(sizes) for i in range(size)]
+    places = [everything.index(place) for place in evenly(sizes, count)]
+    assert len(places) == min(count, len(everything)) and places[0] == 0
+    steps = {b - a for a, b in itertools.pairwise(places)}
+    assert max(steps, default=0) - min(steps, default=0) <= 1
+    if count > 1:
+        assert places[-1] == len(everything) - 1
+
+
+def test_evenly_over_nothing() -> None:
+    assert evenly([], 5) == evenly([0, 0], 5) == []
