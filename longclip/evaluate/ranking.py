@@ -58,7 +58,7 @@ def ranks_of(
     All ranks hold all of it, on the CPU. Blocks of queries, the same on any number of ranks, are dealt to them in turn;
     ``alive`` is called after each turn.
     """
-    rows = max(1, CELLS // max(1, len(gallery_GD)))
+    rows = max(1, min(len(queries_QD), CELLS // max(1, len(gallery_GD))))
     blocks = list(zip(torch.split(queries_QD, rows), torch.split(matches_QC, rows), strict=True))
     gallery_GD = gallery_GD.to(ranks.device)
     scores_buffer = torch.empty(rows, len(gallery_GD), device=ranks.device)
