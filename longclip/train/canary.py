@@ -70,7 +70,7 @@ def canary(job: Job, ranks: Ranks) -> None:
         return time.monotonic() - begun
 
     taken = [step(number) for number in range(STEPS)]
-    name = f"step-{STEPS:08d}"
+    name = checkpoint.name_of(STEPS)
     state = {"step": STEPS, "samples": 0, "best": None}
     saved = checkpoint.save(engine, job.run.checkpoints, name, state, ranks, fence=job.attempt.fence)
     job.beat(0)

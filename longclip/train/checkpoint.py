@@ -30,6 +30,11 @@ from longclip.train.ranks import Ranks
 T = TypeVar("T")
 
 
+def name_of(step: int) -> str:
+    """What the checkpoint after so many steps is called; names sort by age."""
+    return f"step-{step:08d}"
+
+
 def save(
     engine: Any,
     folder: Path,

@@ -131,7 +131,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         nonlocal saved, saved_at
         if journal:
             journal.flush()
-        name = f"step-{state['step']:08d}"
+        name = checkpoint.name_of(state["step"])
         seconds = checkpoint.save(engine, job.run.checkpoints, name, state, ranks, fence=job.attempt.fence)
         if ranks.rank == 0:
             keep = state["best"]["checkpoint"] if state["best"] else None
@@ -156,7 +156,7 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         improved = state["best"] is None or scores["mean_recall_at_1"] > state["best"]["value"]
         if improved:
             state["best"] = {
-                "checkpoint": f"step-{state['step']:08d}",
+                "checkpoint": checkpoint.name_of(state["step"]),
                 "value": scores["mean_recall_at_1"],
                 "samples": state["samples"],
             }

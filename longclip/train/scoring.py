@@ -37,7 +37,9 @@ def score_best(
     if job.experiment.data.test is None and not job.suites:
         return True
     folder = job.run.checkpoints / state["best"]["checkpoint"]
-    checkpoint.restore(engine, folder, ranks)
+    # Named after the step, a checkpoint is of the weights that every attempt has there, and this one may hold them.
+    if folder.name != checkpoint.name_of(state["step"]):
+        checkpoint.restore(engine, folder, ranks)
     alive = partial(job.beat, state["samples"])
     if job.experiment.data.test is not None:
         _test(job, engine, state, val, ranks, alive)

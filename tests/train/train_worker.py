@@ -355,6 +355,29 @@ def interrupted(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
     }
 
 
+def held(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
+    """Whether the engine that saved a checkpoint computes what one computes that has restored it, to the last bit."""
+    asked = experiment(job["stage"], job["precision"])
+    running = engine.start(TwoTowers(), asked, me)
+    pixels, tokens = own_part(me, *batch(0))
+    pixels = pixels.bfloat16() if asked.train.precision == "bf16" else pixels
+    for _ in range(3):
+        running.backward(loss.contrastive_loss(*running(pixels, tokens), me))
+        engine.step(running)
+    checkpoint.save(running, Path(job["folder"]), "step-00000003", {"step": 3}, me)
+
+    def features() -> list[torch.Tensor]:
+        running.eval()
+        with torch.no_grad():
+            return [side.clone() for side in running(pixels, tokens)]
+
+    before = features()
+    checkpoint.restore(running, Path(job["folder"]) / "step-00000003", me)
+    same = all(map(torch.equal, before, features()))
+    running.destroy()
+    return {"same": not me.agree(not same)}
+
+
 def timeouts(job: dict[str, Any], me: ranks.Ranks) -> dict[str, Any]:
     """Seconds after which torch gives up on a collective, in each process group that an engine brought along."""
     from torch.distributed import distributed_c10d as c10d
