@@ -6,21 +6,20 @@ Nothing heavy is imported here or by what the front's commands call: ``--help``,
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from longclip import __version__
-from longclip.cli_evaluate import evaluate
-from longclip.cli_pairs import Json, SiteName, data_app, longcap_app
+from longclip.cli_options import Json, Run, Runs, SiteName, Target, find, profile_of, single
+from longclip.cli_pairs import data_app, longcap_app
+from longclip.cli_results import collect, evaluate, export, sync
 from longclip.errors import FULL, LongclipError, SiteError, UserError
 
 app = typer.Typer(
@@ -40,9 +39,6 @@ _debug = False
 
 Paths = Annotated[list[Path], typer.Argument(help="Experiment files, or folders of them.", show_default=False)]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: train.lr=3e-4")]
-Runs = Annotated[Path | None, typer.Option("--runs", help="Folder of the runs, in place of the site's.")]
-Run = Annotated[str, typer.Argument(help="Name, unique start of one, sweep/name, path or job id.", show_default=False)]
-Target = Annotated[str | None, typer.Argument(help="Sweep, run, unique start of a run's name, path or job id.")]
 
 
 def main() -> None:
@@ -114,7 +110,7 @@ def estimate(
     from longclip.launch.forecast import forecasts
     from longclip.train.gpus import may_be, named, of_site
 
-    profile = _site(site, None)
+    profile = profile_of(site, None)
     device = of_site(profile.gpu_type) if gpu is None else named(gpu)
     counts = gpus.split(",") if gpus else []
     if gpus is not None:  # what the parser takes for paths, in `--gpus 1 4 16`
@@ -152,7 +148,7 @@ def submit(
     from longclip.launch.plan import plan
     from longclip.submission import carry_out
 
-    profile = _site(site, runs)
+    profile = profile_of(site, runs)
     if on not in ("slurm", "local", "debug"):
         raise UserError(f"--on {on}: valid is slurm, local or debug")
     if collect and on != "slurm":
@@ -184,7 +180,7 @@ def retry(
     from longclip.run.folder import find_runs
     from longclip.submission import carry_out
 
-    profile = _site(site, runs)
+    profile = profile_of(site, runs)
     found = find_runs(profile.runs, target)
     loaded = [Loaded(r.experiment(), r.path, r.sweep, r.axes()) for r in found]
     plans = plan(loaded, profile, retry=True)
@@ -196,12 +192,6 @@ def retry(
     screen.print_plans(plans, profile)
     if code := carry_out(plans, profile, on, wait):
         raise typer.Exit(code)
-
-
-def _site(name: str | None, runs: Path | None) -> Any:
-    from longclip.launch.site import find_site
-
-    return find_site(name, runs)
 
 
 @app.command()
@@ -216,25 +206,13 @@ def status(
     from longclip import screen
     from longclip.launch.status import statuses
 
-    found = _find(site, runs, target)
+    found = find(site, runs, target)
     if as_json:
         print(json.dumps([s.as_dict() for s in statuses(found)[0]], indent=1))
     elif watch:
         screen.watch(found)
     else:
         screen.print_status(found)
-
-
-def _find(site: str | None, runs: Path | None, target: str | None) -> list[Any]:
-    from longclip.run.folder import find_runs, runs_of
-
-    root = _site(site, runs).runs
-    if target is not None:
-        return find_runs(root, target)
-    found = list(runs_of(root))
-    if not found:
-        raise UserError(f"no runs under {root}", "longclip submit experiments/demo, or --runs DIR")
-    return found
 
 
 @app.command()
@@ -255,7 +233,7 @@ def logs(
 
     if follow and (attempt is not None or around is not None):
         raise UserError("-f follows the newest attempt; leave out --attempt and --around")
-    (run,) = _single(_find(site, runs, target))
+    (run,) = single(find(site, runs, target))
     if follow:
         said = read.follow(run, rank, lines)
     elif around is not None:
@@ -275,7 +253,7 @@ def show(target: Run, as_json: Json = False, site: SiteName = None, runs: Runs =
     from longclip import screen
     from longclip.launch.show import facts, page
 
-    (run,) = _single(_find(site, runs, target))
+    (run,) = single(find(site, runs, target))
     if as_json:
         print(json.dumps(facts(run), indent=1))
     else:
@@ -293,17 +271,11 @@ def diff(
     """Which keys differ, and whether that makes them different runs."""
     from longclip.launch.diff import compare
 
-    found = compare(a, b, _site(site, runs))
+    found = compare(a, b, profile_of(site, runs))
     if as_json:
         print(json.dumps(found.as_dict(), indent=1))
     else:
         print("\n".join(found.lines()))
-
-
-def _single(found: list[Any]) -> list[Any]:
-    if len(found) != 1:
-        raise UserError(f"that is {len(found)} runs: {', '.join(r.name for r in found)}; name one")
-    return found
 
 
 @app.command()
@@ -313,73 +285,15 @@ def cancel(
     """Stop queued and running jobs for good; ``retry`` continues them."""
     from longclip.launch.cancel import cancel_runs
 
-    cancelled = cancel_runs(_find(site, runs, target))
+    cancelled = cancel_runs(find(site, runs, target))
     for name, what in cancelled:
         print(f"{name}: {what}")
     if not cancelled:
         print("nothing to cancel: no run is queued or running")
 
 
-@app.command()
-def collect(
-    targets: Annotated[list[str], typer.Argument(help="Sweeps, runs, or models (those evaluated outside any run).")],
-    dest: Annotated[Path | None, typer.Option("--out", help="Folder for tables and curves.")] = None,
-    best_over: Annotated[
-        list[str] | None, typer.Option("--best-over", metavar="KEY", help="Axis that validation chooses: train.lr")
-    ] = None,
-    allow: Annotated[bool, typer.Option("--allow-differences", help="Mark undeclared ones; do not refuse.")] = False,
-    trim: Annotated[bool, typer.Option("--trim", help="All at the samples of the least advanced.")] = False,
-    goal: Annotated[
-        float | None, typer.Option("--goal", min=0, max=1, help="Samples and hours to this Recall@1: 0.4")
-    ] = None,
-    references: Annotated[Path | None, typer.Option("--references", help="Figures that papers report.")] = None,
-    mlflow: Annotated[str | None, typer.Option("--mlflow", metavar="URI", help="Read from there, no folders.")] = None,
-    no_sync: Annotated[bool, typer.Option("--no-sync", help="Leave MLflow alone.")] = False,
-    site: SiteName = None,
-    runs: Runs = None,
-) -> None:
-    """Lay sweeps out side by side: windows compared, seeds folded, intervals, curves; CSV, Markdown, LaTeX, JSON."""
-    from longclip import screen
-    from longclip.collect import command
-    from longclip.collect.collect import Options
-    from longclip.collect.tables import terminal
-
-    given = Options(tuple(best_over or ()), allow, trim, goal, command=command.typed(sys.argv[1:]))
-    root = None if mlflow else _site(site, runs).runs
-    result, found = command.run(targets, dest, given, references, root, mlflow)
-    screen.out.print(terminal(result.comparison))
-    for warning in [*result.comparison.warnings, *filter(None, [command.next_step(result.comparison)])]:
-        print(f"! {warning}")
-    print(command.wrote(result.files))
-    if found and not no_sync:
-        from longclip.collect.upload import upload
-        from longclip.submission import print_sync
-
-        profile = _site(site, runs)
-        print_sync(found, profile)
-        if sweeps := upload(result, found, profile.tracking_uri):
-            print(f"MLflow: results under {', '.join(sweeps)}")
-
-
-@app.command()
-def sync(
-    target: Target = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until all runs have ended.")] = False,
-    site: SiteName = None,
-    runs: Runs = None,
-) -> None:
-    """Replay journals into MLflow: one run, one curve. Any number of times, from any machine."""
-    from longclip.launch.tracking import keep_synced
-    from longclip.submission import print_sync
-
-    found, profile = _find(site, runs, target), _site(site, runs)
-    if watch:
-        with contextlib.suppress(KeyboardInterrupt):
-            keep_synced(
-                found, profile.tracking_uri, lambda line: print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-            )
-    else:
-        print_sync(found, profile)
+app.command()(collect)
+app.command()(sync)
 
 
 @app.command()
@@ -388,7 +302,7 @@ def doctor(site: SiteName = None, runs: Runs = None, as_json: Json = False) -> N
     from longclip.launch.doctor import examine
 
     checks = []
-    for check in examine(_site(site, runs)):
+    for check in examine(profile_of(site, runs)):
         checks.append(check)
         if not as_json:
             print(check, flush=True)
@@ -412,23 +326,7 @@ def site_init(
     print(f"wrote {file}\nnext: longclip doctor --site {site}")
 
 
-@app.command()
-def export(
-    target: Run,
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="best (by validation), last, or a step.")] = "best",
-    dest: Annotated[Path | None, typer.Option("--to", help="A new folder; by default RUN-FORMAT, here.")] = None,
-    form: Annotated[str, typer.Option("--format", help="transformers or open_clip.")] = "transformers",
-    site: SiteName = None,
-    runs: Runs = None,
-) -> None:
-    """A trained model as a folder that others load without longclip; needs the train extra."""
-    from longclip.launch.export import export as write
-
-    (run,) = _single(_find(site, runs, target))
-    done = write(run, checkpoint, dest or Path(f"{run.name}-{form}"), form)
-    print(f"wrote {done.folder} ({done.checkpoint}, {done.samples:,} samples); how to use it: {done.folder}/README.md")
-
-
+app.command()(export)
 app.command()(evaluate)
 
 
@@ -444,7 +342,7 @@ def prune(
     from longclip import screen
     from longclip.launch import prune as pruning
 
-    plans = pruning.plan(_find(site, runs, target), keep_last)
+    plans = pruning.plan(find(site, runs, target), keep_last)
     screen.print_prunings(plans)
     todo = [p for p in plans if p.removals]
     total = screen.size(sum(p.bytes for p in todo))
@@ -470,7 +368,7 @@ def train(
     from longclip.launch.direct import train_here
     from longclip.launch.restart import AGAIN
 
-    verdict = train_here(file, set_ or [], _site(site, runs))
+    verdict = train_here(file, set_ or [], profile_of(site, runs))
     print(verdict)
     if verdict != "finished":
         raise typer.Exit(AGAIN)

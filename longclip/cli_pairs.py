@@ -14,13 +14,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from longclip.cli_options import Json, SiteName, profile_of
 from longclip.errors import LongclipError, SiteError, UserError
 
 data_app = typer.Typer(help="Shards: synthesize, index, tokens.", no_args_is_help=True)
 longcap_app = typer.Typer(help="Articles to shards: fetch, build, rewrite.", no_args_is_help=True)
-
-SiteName = Annotated[str | None, typer.Option("--site", help="Site profile: a name or a file.")]
-Json = Annotated[bool, typer.Option("--json", help="For scripts.")]
 
 
 @data_app.command()
@@ -126,7 +124,6 @@ def longcap_build(
     from pydantic import ValidationError
 
     from longclip.experiment.durations import parse_time
-    from longclip.launch.site import find_site
     from longclip.longcap.command import build
     from longclip.longcap.options import Options, license_names, mistake
 
@@ -150,7 +147,7 @@ def longcap_build(
         )
     except ValidationError as error:
         raise mistake(error) from None
-    build(src, dest, options, workers, (find_site(site, None), minutes) if on == "slurm" else None)
+    build(src, dest, options, workers, (profile_of(site, None), minutes) if on == "slurm" else None)
 
 
 @longcap_app.command("fetch")
