@@ -84,8 +84,10 @@ def run(folder: str, number: int) -> str:
     except Leave as reason:
         restart.not_again(record, _job_id())
         print(f"not started: {reason}", flush=True)
-        if restart.in_slurm() and reason.message != FINISHED:
-            sys.exit(1)
+        if restart.in_slurm():
+            # At once: where ranks leave as soon as they have met, gloo's threads may abort the interpreter's own end
+            # (134), and Slurm would call a job failed that has found its run finished.
+            os._exit(0 if reason.message == FINISHED else 1)
         return reason.message
     except Superseded:
         restart.not_again(record, _job_id())
