@@ -39,16 +39,19 @@ def train_here(file: Path, overrides: list[str], site: Site) -> str:
             failure = error
     told = ranks.tell(told)
     if told is None:
-        processes.stop()  # or its threads, still waiting when the interpreter ends, may turn exit code 2 into an abort
+        processes.stop()
         raise failure or UserError("rank 0 could not begin; its message says why")
     record, number = RunFolder(Path(told[0])), told[1]
     try:
-        return train_attempt(record, number, ranks)
+        verdict = train_attempt(record, number, ranks)
     except (Superseded, Leave):
+        processes.leave(ranks)
         raise
     except BaseException as error:
         note_failure(record, number, error)
         raise
+    processes.stop()
+    return verdict
 
 
 def _ranks_of_srun(runs: Path) -> None:

@@ -83,12 +83,14 @@ def after(exclude: str | None) -> list[str]:
 
     Only a RUNNING job is requeued: one that was cancelled, or that Slurm itself requeues after preemption, is not. The
     nodes to avoid can be set once it is pending; ``exclude`` are those that the site avoids anyway. A controller that
-    is down for a moment is asked again.
+    is down for a moment is asked again. TERM, which a requeue sends to all processes of the script, must not end the
+    scontrol that says which nodes; with the worker gone nothing else inherits that it is ignored.
     """
     nodes = f'{shlex.quote(exclude)}"${{nodes:+,$nodes}}"' if exclude else '"$nodes"'
     return [
         "code=$?",
         'if [ "$code" -ne 0 ] && [ -e "$again" ]; then',
+        "  trap '' TERM",
         "  for pause in 0 5 10 20 40 60; do",
         '    sleep "$pause"',
         '    state=$(scontrol show job -o "$SLURM_JOB_ID") || continue',

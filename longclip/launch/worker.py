@@ -84,10 +84,8 @@ def run(folder: str, number: int) -> str:
     except Leave as reason:
         restart.not_again(record, _job_id())
         print(f"not started: {reason}", flush=True)
-        if restart.in_slurm():
-            # At once: where ranks leave as soon as they have met, gloo's threads may abort the interpreter's own end
-            # (134), and Slurm would call a job failed that has found its run finished.
-            os._exit(0 if reason.message == FINISHED else 1)
+        if restart.in_slurm() and reason.message != FINISHED:
+            sys.exit(1)
         return reason.message
     except Superseded:
         restart.not_again(record, _job_id())
@@ -109,8 +107,7 @@ def _train(record: RunFolder, number: int) -> str:
     try:
         verdict = train_attempt(record, number, ranks)
     except (Leave, Superseded):
-        ranks.agree(True)  # all leave together: whose partner is gone aborts when it takes down its group
-        processes.stop()
+        processes.leave(ranks)
         raise
     processes.stop()
     return verdict

@@ -91,6 +91,7 @@ def canary(job: Job, ranks: Ranks) -> None:
         }
         write_json(job.run.path / "canary.json", measures)
         print(f"canary passed: {measures}", flush=True)
+    engine.destroy()
 
 
 def longest(job: Job, reader: Reader, ranks: Ranks) -> list[tuple[int, int]]:

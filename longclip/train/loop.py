@@ -91,11 +91,17 @@ def train(job: Job, ranks: Ranks, should_stop: Callable[[], bool] = lambda: Fals
         UserError: the inputs do not fit the experiment; nothing was trained.
         Diverged: the loss is not finite.
     """
-    experiment = job.experiment
-    recipe = experiment.train
     # One rank looks: on NFS another might not see yet what an earlier attempt has published, and go another way.
     begin = ranks.tell(not lineage.has_begun(job.run))
     engine, reader, val = prepare(job, ranks, begin)
+    verdict = _train(job, ranks, engine, reader, val, should_stop)
+    engine.destroy()  # or its hooks keep it, and its process groups, for good
+    return verdict
+
+
+def _train(job: Job, ranks: Ranks, engine: Any, reader: Reader, val: Reader, should_stop: Callable[[], bool]) -> str:
+    experiment = job.experiment
+    recipe = experiment.train
     train_set = reader.dataset
     assert isinstance(train_set, Sources)
     batch = recipe.global_batch

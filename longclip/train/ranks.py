@@ -7,6 +7,7 @@ MPI where RANK is absent, and would compile a shared-memory extension on CPU tha
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Functions of it, and of DeepSpeed, which would import it later, take the group of the moment as a default, for good.
+import torch.distributed.nn
 
 from longclip.errors import SiteError
 
@@ -76,14 +80,14 @@ def start(rendezvous: str | None = None) -> Ranks:
     rank, size, local_rank = _identity(rendezvous)
     device = _device(local_rank)
     _before_deepspeed(device)
+    import deepspeed  # before there is a group, as torch.distributed.nn above
+
     backend = "nccl" if device.type == "cuda" else "gloo"
     if size == 1 and rendezvous is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
         url = rendezvous or "env://"
         dist.init_process_group(backend, init_method=url, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
-    import deepspeed
-
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, dist_init_required=False)
     # ZeRO's collectives run on groups that DeepSpeed makes for itself, of which it names the ranks and no timeout
@@ -92,11 +96,18 @@ def start(rendezvous: str | None = None) -> Ranks:
     return Ranks(rank, size, local_rank, device)
 
 
+def leave(ranks: Ranks) -> None:
+    """As :func:`stop`, all at once: whose partner is gone aborts when it takes down its group. Collective."""
+    ranks.agree(True)
+    stop()
+
+
 def stop() -> None:
-    """Leave the process group, so that this process may :func:`start` another one.
+    """Leave the process group, so that this process may :func:`start` another one, or end. Safe to call twice.
 
     DeepSpeed keeps the group in two module globals and would use the dead one (deepspeed/comm/comm.py ``cdb``,
-    deepspeed/utils/groups.py ``_WORLD_GROUP``).
+    deepspeed/utils/groups.py ``_WORLD_GROUP``). Only where nothing keeps it do gloo's threads end here; one that still
+    drops a tensor while the interpreter ends aborts the process (134), whatever it has done.
     """
     import deepspeed
 
@@ -104,6 +115,7 @@ def stop() -> None:
         dist.destroy_process_group()
     deepspeed.comm.comm.cdb = None
     deepspeed.utils.groups._WORLD_GROUP = None
+    gc.collect()  # an engine, which has groups of its own, is a ring of objects
 
 
 def _identity(rendezvous: str | None) -> tuple[int, int, int]:

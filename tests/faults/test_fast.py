@@ -14,15 +14,17 @@ Make = Callable[..., Trial]
 def test_a_signal_before_the_time_limit(trial: Make, undisturbed: Record) -> None:
     """USR2, as Slurm sends it to the step: saved at a step boundary, requeued by the batch script, nothing twice.
 
-    The site's own lines neither end that script nor move it, and the nodes that the site avoids stay avoided.
+    The site's own lines neither end that script nor move it. The next life gets neither a sick node nor one that the
+    site avoids: the requeue's TERM, which comes to all processes of the script, is in time to end the scontrol that
+    says so.
     """
     one = trial(setup=["set -euo pipefail", "cd /"], sbatch={"exclude": "n4"})
     one.submit()
     one.wait_for(3_000)
-    (one.run.attempts / ".exclude").write_text("n3")  # of a sick node, a day ago: the worker takes it back
+    (one.run.attempts / ".exclude").write_text("n3")  # as a worker does that finds a sick node
     one.slurm("scancel", "--signal=USR2", one.job())
     until(lambda: len(one.attempts) == 2, 60, "the job's second life")
-    assert "ExcNodeList=n4\n" in one.slurm("scontrol", "show", "job", one.job())
+    assert "ExcNodeList=n4,n3\n" in one.slurm("scontrol", "show", "job", one.job())
     one.finished("USR2: saved, requeued by the batch script", undisturbed)
     assert one.verdicts() == ["preempted", "finished"] and one.recomputed() == [0]
     assert len({a.job for a in one.attempts}) == 1, "the same job"
