@@ -184,11 +184,9 @@ def retry(
     found = find_runs(profile.runs, target)
     loaded = [Loaded(r.experiment(), r.path, r.sweep, r.axes()) for r in found]
     plans = plan(loaded, profile, retry=True)
-    for run, one in zip(found, plans, strict=True):
-        if one.run.path.resolve() != run.path.resolve():
-            raise UserError(
-                f"{run.path}: retry would begin {one.run.path} instead: data or weights have changed, or --runs"
-            )
+    theirs = {run.path.resolve() for run in found}  # plans are in another order: parents come first
+    if other := next((one.run.path for one in plans if one.run.path.resolve() not in theirs), None):
+        raise UserError(f"retry would begin {other}, no run of {target}: data or weights have changed, or --runs")
     screen.print_plans(plans, profile)
     if code := carry_out(plans, profile, on, wait):
         raise typer.Exit(code)

@@ -8,8 +8,6 @@ artifacts, differences have no intervals, neither have means over seeds, and wha
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,10 +18,11 @@ from typing import Any
 from longclip.collect.gather import arranged, row_of
 from longclip.collect.row import CURVES, Curve, Row
 from longclip.collect.scores import of_suites, of_test, together
-from longclip.errors import SiteError, UserError
+from longclip.errors import UserError
 from longclip.track import facts
 from longclip.track.mlflow import EVALUATIONS
 from longclip.track.parent import PARENT
+from longclip.track.store import as_site_error, patient, without_login
 
 PAGE = 1000
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -40,7 +39,7 @@ def gather_from(uri: str, targets: Sequence[str]) -> list[Row]:
         SiteError: the store cannot be read.
     """
     _check(uri)
-    with _told(uri):
+    with patient(60), as_site_error(without_login(uri), "collect from the run folders"):
         from mlflow import MlflowClient
 
         client = MlflowClient(tracking_uri=uri)
@@ -52,7 +51,7 @@ def gather_from(uri: str, targets: Sequence[str]) -> list[Row]:
 def _runs(client: Any, experiments: list[str], target: str, uri: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The runs that ``target`` names, each with its summary; parents, and runs of others, have none."""
     sweep, _, name = target.partition("/")
-    found, without = [], []
+    found, without, shown = [], [], without_login(uri)
     tag = PARENT if _ID.fullmatch(sweep) else "longclip.sweep"
     for run in _search(client, experiments, f"tags.`{tag}` = '{sweep}'") if "'" not in sweep else ():
         if "longclip.uid" not in run.data.tags or name not in ("", run.info.run_name, run.info.run_name[:-9]):
@@ -69,14 +68,14 @@ def _runs(client: Any, experiments: list[str], target: str, uri: str) -> Iterato
     if not found:
         there = {run.data.tags.get("longclip.sweep") for run in _search(client, experiments, "")} - {None}
         raise UserError(
-            f"{target}: no such sweep in {_shown(uri)}; there are: {', '.join(sorted(map(str, there))) or 'none'}",
+            f"{target}: no such sweep in {shown}; there are: {', '.join(sorted(map(str, there))) or 'none'}",
             "longclip sync sends runs there",
         )
     parents = {run.data.tags.get(PARENT) for run, _ in found} - {None}
     if len(parents) > 1:
         raise UserError(
-            f"{target}: {len(parents)} sweeps in {_shown(uri)} are called so: {', '.join(_told_apart(client, found))}",
-            f"longclip collect ID --mlflow {_shown(uri)} takes one of them, ID ID ... several as one",
+            f"{target}: {len(parents)} sweeps in {shown} are called so: {', '.join(_told_apart(client, found))}",
+            f"longclip collect ID --mlflow {shown} takes one of them, ID ID ... several as one",
         )
     yield from found
 
@@ -140,32 +139,8 @@ def _check(uri: str) -> None:
         return
     file = Path(uri.removeprefix("sqlite:///").partition("?")[0])
     if not uri.startswith("sqlite:///") or not file.name:
-        raise UserError(f"--mlflow {_shown(uri)}: valid is http://HOST:PORT, https://HOST, or sqlite:///PATH/mlflow.db")
+        raise UserError(
+            f"--mlflow {without_login(uri)}: valid is http://HOST:PORT, https://HOST, or sqlite:///PATH/mlflow.db"
+        )
     if not file.is_file():
         raise UserError(f"--mlflow {uri}: no such database", "longclip sync makes it")
-
-
-def _shown(uri: str) -> str:
-    """Without user and password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
-
-
-@contextlib.contextmanager
-def _told(uri: str) -> Iterator[None]:
-    """Short patience with servers, and their errors as one line."""
-    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
-    ours = {k: v for k, v in ours.items() if k not in os.environ}
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.update(ours)
-    try:
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
-            yield
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            lines = _shown(str(error)).strip().splitlines() or [type(error).__name__]
-            raise SiteError(f"MLflow at {_shown(uri)}: {lines[0][:300]}", "collect from the run folders") from None
-    finally:
-        for key in ours:
-            os.environ.pop(key, None)

@@ -8,6 +8,9 @@ cannot be read is tried again, then fails.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -184,8 +187,24 @@ def training_batches(
         num_workers=workers,
         prefetch_factor=AHEAD if workers else None,
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_undisturbed if workers else None,
     )
+    if workers:
+        atexit.register(_end_workers)
     return iter(loader)
+
+
+def _undisturbed(worker: int) -> None:
+    """TERM is for the process that trains, which goes on to the next save; some schedulers and torchrun send it to all
+    processes, and to torch a worker that it ends is a crash."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """Those that are left when the interpreter ends: multiprocessing would send them TERM, and wait."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def evaluation_batches(

@@ -18,7 +18,7 @@ from typing import Any
 import submitit
 
 from longclip.errors import SiteError
-from longclip.launch.job import need_slurm, outside_this_job, setup_lines
+from longclip.launch.job import as_written, need_slurm, setup_lines
 from longclip.launch.scheduler import ask
 from longclip.launch.site import Site
 from longclip.launch.snapshot import freeze
@@ -106,7 +106,7 @@ def start(
     executor.update_parameters(**{k: v for k, v in asked.items() if v is not None}, wckey=None)
     failures = (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError)
     try:
-        with outside_this_job():
+        with as_written(executor._make_submission_file_text("", "")):
             made: list[submitit.Job[Any]] = executor.map_array(function, *zip(*tasks, strict=True))
             return made
     except failures as error:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 
 from longclip.errors import NoSpace, SiteError, told_as_no_space
+from longclip.launch import clients
 from longclip.launch.chain import jobs_beside
 from longclip.launch.status import statuses
 from longclip.run.attempts import attempts_of
@@ -58,7 +58,7 @@ def cancel_runs(runs: Sequence[RunFolder]) -> list[tuple[str, str]]:
                 slurm.append(job)
                 done.append((run.name, f"scancel {job}"))
     if slurm:
-        result = subprocess.run(["scancel", *slurm], capture_output=True, text=True)
+        result = clients.run("scancel", *slurm)
         if result.returncode != 0:
             raise SiteError(f"scancel: {result.stderr.strip()}")
     if unmarked is not None:

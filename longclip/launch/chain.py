@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from longclip.errors import SiteError
-from longclip.launch.job import LIMITS, check_slurm, outside_this_job, setup_lines, test_only
+from longclip.launch import clients
+from longclip.launch.job import LIMITS, as_written, check_slurm, setup_lines, test_only
 from longclip.launch.plan import Plan
 from longclip.launch.scheduler import Word, ask
 from longclip.launch.site import Site
@@ -66,19 +66,22 @@ def collect_after(sweep: Path, site: Site) -> str | None:
     with Lease(folder / ".submit.lock"):
         for job, word in jobs_beside(sweep, "collect").items():
             # Where it has begun in this moment scontrol refuses, and the new runs need another.
-            if word.state == "PENDING" and _slurm("scontrol", "update", f"JobId={job}", f"Dependency={dependency}")[0]:
+            update = ("scontrol", "update", f"JobId={job}", f"Dependency={dependency}")
+            if word.state == "PENDING" and clients.run(*update).returncode == 0:
                 return job
         file = folder / "collect.sh"
-        write_text(file, script(sweep, site, runs[0].experiment().slurm.partition, freeze(sweep).folder))
-        with outside_this_job():
-            taken, said = _slurm("sbatch", "--parsable", f"--dependency={dependency}", str(file))
-        if not taken:
+        text = script(sweep, site, runs[0].experiment().slurm.partition, freeze(sweep).folder)
+        write_text(file, text)
+        with as_written(text):
+            done = clients.run("sbatch", "--parsable", f"--dependency={dependency}", str(file))
+        if done.returncode != 0:
+            said = done.stderr.strip()
             full = any(sign in said for sign in LIMITS)
             raise SiteError(
                 f"the collect job could not be queued: {said.splitlines()[-1] if said else 'sbatch failed'}",
                 f"longclip collect {sweep.name}, when the runs have ended" if full else again,
             )
-        job = said.splitlines()[-1].partition(";")[0]  # "id;cluster" where there are several clusters
+        job = done.stdout.strip().splitlines()[-1].partition(";")[0]  # "id;cluster" where there are several clusters
         write_json(folder / "submitted.json", {"job": job, "after": jobs, "uid": os.getuid(), "time": time.time()})
     return job
 
@@ -146,12 +149,3 @@ def _record(file: Path) -> dict[str, Any]:
         return read_json(file)
     except (OSError, ValueError):  # none yet, or torn
         return {}
-
-
-def _slurm(*command: str) -> tuple[bool, str]:
-    """Whether it did, and its words: what it answered, or why it did not."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError as error:
-        return False, f"{command[0]}: {error.strerror}"
-    return done.returncode == 0, (done.stdout if done.returncode == 0 else done.stderr).strip()

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import getpass
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from longclip.errors import SiteError
-
-TIMEOUT = 20
-"""seconds that a Slurm client may take before it counts as not answering"""
+from longclip.launch.clients import ask
 
 
 @dataclass(frozen=True)
@@ -102,24 +98,6 @@ def read_cluster() -> Cluster:
         if name := facts.get("PartitionName"):
             partitions[name] = _partition(name, facts, config, nodes)
     return Cluster(config, partitions, *_entitlements(config.get("ClusterName", "")))
-
-
-def ask(*command: str) -> str:
-    """Output of a Slurm client.
-
-    Raises:
-        SiteError: it is missing, fails, or does not answer in time; with its own words.
-    """
-    if shutil.which(command[0]) is None:
-        raise SiteError(f"there is no {command[0]} on this machine", "do this on a login node of the cluster")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise SiteError(f"{command[0]}: no answer within {TIMEOUT} s") from None
-    if done.returncode != 0:
-        words = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        raise SiteError(f"{' '.join(command[:3])}: {words[-1]}")
-    return done.stdout
 
 
 def _pairs_by_line(text: str) -> dict[str, str]:

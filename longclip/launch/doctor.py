@@ -25,7 +25,8 @@ from longclip.data.shards import open_dataset
 from longclip.errors import LongclipError, SiteError
 from longclip.experiment.schema import Experiment
 from longclip.launch import job
-from longclip.launch.cluster import Cluster, Partition, ask, read_cluster
+from longclip.launch.clients import ask
+from longclip.launch.cluster import Cluster, Partition, read_cluster
 from longclip.launch.disk import disk_of
 from longclip.launch.plan import Plan
 from longclip.launch.resolve import Resolved

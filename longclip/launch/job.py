@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +19,7 @@ import submitit
 from longclip.errors import SiteError
 from longclip.experiment.durations import parse_time
 from longclip.experiment.schema import Experiment, Slurm
-from longclip.launch import restart, worker
+from longclip.launch import clients, restart, worker
 from longclip.launch.plan import Plan
 from longclip.launch.preflight import excluded
 from longclip.launch.scheduler import have_slurm
@@ -31,6 +31,15 @@ from longclip.run.journal import longest_save
 
 LIMITS = ("MaxSubmit", "MaxJobs", "GrpSubmit", "job submit limit", "AssocGrp", "QOSMax")
 """In sbatch's words: this user has as many jobs in the queue as may be"""
+
+
+_VARIABLES = {
+    "time": ("TIMELIMIT",),
+    "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+    "requeue": ("REQUEUE", "NO_REQUEUE"),
+    "no-requeue": ("REQUEUE", "NO_REQUEUE"),
+}
+"""sbatch's environment variables for an option, where they are not called as it is (sbatch(1), INPUT ENVIRONMENT)"""
 
 
 class QueueFull(SiteError):
@@ -140,8 +149,20 @@ def _slurm_executor(
         executor = submitit.SlurmExecutor.__new__(submitit.SlurmExecutor)
         submitit.core.core.PicklingExecutor.__init__(executor, folder=logs.resolve())
         executor.python = site.python or shlex.quote(sys.executable)
-    executor.update_parameters(**slurm_parameters(experiment, run, site, code))
+    parameters = slurm_parameters(experiment, run, site, code)
+    parameters["setup"] = [*parameters["setup"], _named_after_its_job(logs.resolve())]
+    executor.update_parameters(**parameters)
     return executor
+
+
+def _named_after_its_job(logs: Path) -> str:
+    """A line of the batch script: what Submitit has pickled for the job lies where the job looks for it.
+
+    Submitit gives it the job's name when sbatch has answered. One that was killed before, or whose sbatch gave up on a
+    controller that took the job all the same, has left it under a name of 32 characters.
+    """
+    wanted = f'{shlex.quote(str(logs))}/"${{SLURM_JOB_ID}}_submitted.pkl"'
+    return f"[ -e {wanted} ] || cp {shlex.quote(str(logs))}/{'?' * 32}.pkl {wanted} 2>/dev/null || true"
 
 
 def shape(script: str) -> str:
@@ -161,8 +182,8 @@ def test_only(script: str) -> str:
         # The run folder may not exist yet.
         file.write("\n".join(line for line in script.splitlines() if not line.startswith("#SBATCH --chdir")) + "\n")
         file.flush()
-        with outside_this_job():
-            done = subprocess.run(["sbatch", "--test-only", file.name], capture_output=True, text=True)
+        with as_written(script):
+            done = clients.run("sbatch", "--test-only", file.name)
     words = " ".join(line.removeprefix("sbatch: ").strip() for line in done.stderr.splitlines() if line.strip())
     if done.returncode != 0 and "SubmitJob" in words:  # AssocMaxSubmitJobLimit, QOSGrpSubmitJobsLimit, ...
         raise QueueFull(f"the queue is full: {words.removeprefix('error: ')}")
@@ -206,7 +227,7 @@ def start(
         executor = _slurm_executor(experiment, run, site, attempt.logs, code.folder)
         if after:
             executor.update_parameters(dependency=",".join(after))
-        with outside_this_job():
+        with as_written(executor._make_submission_file_text("", "")):
             return executor.submit(worker.run, *arguments)
     if kind == "debug":
         return submitit.DebugExecutor(folder=attempt.logs.resolve()).submit(worker.run, *arguments)
@@ -231,15 +252,19 @@ def child_environment(values: Mapping[str, str], code: Path) -> Iterator[None]:
 
 
 @contextmanager
-def outside_this_job() -> Iterator[None]:
-    """Within, sbatch hands to a job nothing of what this process's own was given, if it is in one (salloc, a notebook).
+def as_written(script: str) -> Iterator[None]:
+    """Within, sbatch takes the batch script ``script`` at its word, whatever this process's environment says.
 
-    A new job's srun would ask for the GPUs, tasks and memory of the old one: "Job doesn't have GRES".
+    To sbatch a variable such as SBATCH_ACCOUNT goes before the script's own line; one of which the script says nothing
+    stays the user's default. And if this process is in a job itself (salloc, a notebook), the new one is handed nothing
+    of it: its srun would ask for the GPUs, tasks and memory of the old one ("Job doesn't have GRES").
     """
-    told = ("SLURM_", "SLURMD_", "SUBMITIT_")
-    mine = {k: v for k, v in os.environ.items() if k.startswith(told) and k != "SLURM_CONF"}
-    if "SLURM_JOB_ID" not in mine:
-        mine = {}
+    told = ("SLURM_", "SLURMD_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
+    names = {name for name in os.environ if name.startswith(told) and name != "SLURM_CONF"} if told else set()
+    for option in re.findall(r"^#SBATCH --([a-z-]+)", script, re.MULTILINE):
+        stem = option.replace("-", "_").upper()
+        names |= {f"SBATCH_{name}" for name in _VARIABLES.get(option, (stem,))}
+    mine = {name: os.environ[name] for name in names if name in os.environ}
     for name in mine:
         del os.environ[name]
     try:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TIMEOUT = 20
-"""seconds that squeue or sacct may take before it counts as down"""
-
+from longclip.errors import SiteError
+from longclip.launch import clients
 
 _OVER = (
     "COMPLETED",
@@ -70,7 +68,7 @@ def ask(slurm_jobs: Iterable[str], local_jobs: Iterable[tuple[str, str]], users:
     jobs = sorted(set(slurm_jobs))
     if not jobs:
         return Words(words, sources="process table" if words else "")
-    queue = _run(["squeue", "--noheader", f"--user={_users(users)}", "--format=%A|%T|%r|%Z"])
+    queue = _ask("squeue", "--noheader", f"--user={_users(users)}", "--format=%A|%T|%r|%Z")
     folders: dict[str, list[str]] = {}
     for line in (queue or "").splitlines():
         job, state, reason, folder = [*line.split("|", 3), "", "", ""][:4]
@@ -82,7 +80,7 @@ def ask(slurm_jobs: Iterable[str], local_jobs: Iterable[tuple[str, str]], users:
     if rest:
         # sacct's default start is midnight; -X is the job, not its steps; of a requeued job the last life is shown.
         options = ["-X", "--noheader", "--parsable2", "--starttime=now-365days", "--format=JobIDRaw,UID,State"]
-        history = _run(["sacct", *options, "--jobs", ",".join(rest)])
+        history = _ask("sacct", *options, "--jobs", ",".join(rest))
         for line in (history or "").splitlines():
             job, owner, state = [*line.split("|"), "", ""][:3]
             word, _, detail = state.partition(" ")  # "CANCELLED by 1000" is a state
@@ -106,7 +104,7 @@ def array_tasks(users: Iterable[int] = ()) -> dict[str, set[int]] | None:
 
     A job that is no array counts as an array's first task: Submitit makes one of a single call.
     """
-    queue = _run(["squeue", "--noheader", "--array", f"--user={_users(users)}", "--format=%F|%K"])
+    queue = _ask("squeue", "--noheader", "--array", f"--user={_users(users)}", "--format=%F|%K")
     if queue is None:
         return None
     found: dict[str, set[int]] = {}
@@ -118,7 +116,7 @@ def array_tasks(users: Iterable[int] = ()) -> dict[str, set[int]] | None:
 
 def jobs_of_mine() -> int | None:
     """How many jobs this user has in the queue; None where squeue does not answer."""
-    queue = _run(["squeue", "--noheader", f"--user={os.getuid()}", "--format=%A"])
+    queue = _ask("squeue", "--noheader", f"--user={os.getuid()}", "--format=%A")
     return None if queue is None else len(queue.split())
 
 
@@ -137,12 +135,8 @@ def _local(host: str, pid: str) -> Word:
     return Word("RUNNING") if (b"submitit" in command or b"longclip" in command) and state != "Z" else Word("GONE")
 
 
-def _run(command: list[str]) -> str | None:
-    """Output of a Slurm client, or None where it is missing, fails or does not answer in time."""
-    if shutil.which(command[0]) is None:
-        return None
+def _ask(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=dict(os.environ))
-    except (OSError, subprocess.TimeoutExpired):
+        return clients.ask(*command)
+    except SiteError:
         return None
-    return done.stdout if done.returncode == 0 else None

@@ -170,7 +170,8 @@ def state_of(run: RunFolder, words: Words) -> tuple[str, str]:
         return "rejected", why
     if word.state == "CANCELLED" and word.by_owner and (verdict is None or verdict.kind in INFRASTRUCTURE):
         return CANCELLED, f"job {job}: scancel {word.detail}".strip()
-    if word.state == "UNKNOWN" and (verdict is None or verdict.kind in CONTINUES):
+    over = _is_local(last) and verdict is not None and verdict.source == "worker"  # no scheduler starts it again
+    if word.state == "UNKNOWN" and not over and (verdict is None or verdict.kind in CONTINUES):
         before = f"; last: {verdict.kind} at {verdict.samples:,} samples" if verdict else ""
         return "unknown", (word.detail or f"job {job}: the scheduler does not answer") + before
     verdict = _of_word(word, job, last, verdict)

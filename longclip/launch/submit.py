@@ -71,7 +71,7 @@ def submit(
     # Before the first starts: where runs go one after the other, the source may be edited before the last does.
     codes = {sweep: freeze(sweep) for sweep in {one.run.path.resolve().parent for one in todo}}
     room = _room(site) if executor == "slurm" else None
-    each = 1 + (site.links if site.restart == "chain" else 0)
+    each = 1 + _links(site)
     beside = len({str(canaries.shape(p, site)) for p in todo}) if canary else 0
     for done, one in enumerate(todo):
         if room is not None and (done + 1) * each + beside > room:
@@ -87,6 +87,12 @@ def submit(
                 one = replace(one, held_by=canaries.holds(one, site, code, _queue))
             job = _queue(one, site, executor, code)
         yield one, str(job.job_id), job
+
+
+def _links(site: Site) -> int:
+    """Jobs that are queued behind each job; no more than leave it a place among those that a user may have."""
+    links = site.links if site.restart == "chain" else 0
+    return links if site.max_jobs is None else min(links, site.max_jobs - 1)
 
 
 def _room(site: Site) -> int | None:
@@ -146,7 +152,7 @@ def _queue(plan: Plan, site: Site, kind: str, code: Snapshot) -> submitit.Job[An
         write_json(attempt.path / "submitted.json", record)
         if kind == "slurm" and site.restart == "chain":
             record["links"] = []
-            for _ in range(site.links):
+            for _ in range(_links(site)):
                 before = (record["links"] or [record["job"]])[-1]
                 link = start(plan.experiment, plan.run, attempt, site, kind, code, [f"afterany:{before}", *passed])
                 record["links"].append(str(link.job_id))

@@ -344,7 +344,7 @@ def meet(place: Path, rank: int, size: int, local_rank: int, host: str | None = 
 
 def note_failure(record: RunFolder, number: int, error: BaseException) -> None:
     """Every rank records its own failure; and whether this job may be started again is decided with it."""
-    attempt = _attempt or _unmet(record, number)
+    attempt = _attempt or _unmet(record, number, error)
     if attempt is None:
         return
     _record_failure(attempt, error)
@@ -354,14 +354,15 @@ def note_failure(record: RunFolder, number: int, error: BaseException) -> None:
         restart.not_again(record, _job_id())
 
 
-def _unmet(record: RunFolder, number: int) -> Attempt | None:
+def _unmet(record: RunFolder, number: int, error: BaseException) -> Attempt | None:
     """The attempt of a job whose ranks did not even meet.
 
-    Where the job was started again, the one that it was submitted as is an earlier life's: rank 0 claims another by
-    itself, so that the failure counts, and is tried again as any other (a network that is sick for a minute).
+    Where the job is one of Slurm's, rank 0 claims it by itself (or another, for the one that the job was submitted as
+    may be an earlier life's), so that the failure counts, and is tried again as any other: a network that is sick for
+    a minute, a port that was taken. What the user must mend is not tried again.
     """
     attempt = Attempt(record.attempts / f"{number:04d}")
-    if attempt.started is None:
+    if attempt.started is None and (not restart.in_slurm() or isinstance(error, (OtherCode, UserError))):
         return attempt
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return None

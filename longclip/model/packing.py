@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -71,6 +72,13 @@ class Packed:
         groups = tuple((length, len(list(run))) for length, run in groupby(self.lengths) if length)
         ends = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
         return Bounds(groups, _sent(ends, self.ids_T.device))
+
+    def digests(self) -> list[bytes]:
+        """16 bytes for each caption, in batch order: the same where its tokens are. The tokens are on the CPU."""
+        found = [b""] * len(self)
+        for place, ids in zip(self.order, torch.split(self.ids_T, list(self.lengths)), strict=True):
+            found[place] = blake2b(ids.numpy().tobytes(), digest_size=16).digest()
+        return found
 
     def mean_BD(self, hidden_TD: Tensor) -> Tensor:
         """Mean over each caption's tokens in fp32, in batch order; of no tokens zero."""

@@ -167,7 +167,8 @@ def find_runs(root: Path, target: str) -> list[RunFolder]:
         raise UserError(f"{target}: more than one run is called so: {', '.join(names[:6])}{more}", "name one of them")
     sweeps = sorted({r.sweep for r in runs_of(root)})
     known = f"sweeps here: {', '.join(sweeps)}" if sweeps else "there are none yet"
-    raise UserError(f"{target}: no such run or sweep under {root}; {known}", "longclip status")
+    hint = "longclip status; if they are elsewhere, --site NAME or --runs DIR as at submit"
+    raise UserError(f"{target}: no such run or sweep under {root}; {known}", hint)
 
 
 def job_ids(run: RunFolder) -> list[str]:

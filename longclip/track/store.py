@@ -23,8 +23,6 @@ T = TypeVar("T")
 
 METRICS_A_CALL, PARAMS_A_CALL = 1000, 100  # MLflow's limits, as are the three below
 PARAM_LENGTH, DIGEST_LENGTH, TAG_LENGTH = 6000, 36, 8000
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-"""A server that does not answer is given up in under a minute; by default MLflow tries for a quarter of an hour"""
 SILENT = 50.0
 """Seconds after which who syncs with a server, and renews its lease at every request, counts as killed"""
 
@@ -86,8 +84,8 @@ def opened(uri: str) -> Iterator[Store]:
         SiteError: also out of the block: the store cannot be reached or written, or another writer does not let go.
     """
     database = _database(uri)
-    shown = _without_login(uri) if database is None else f"sqlite:///{database}"
-    with _patient(), _as_site_error(shown):
+    shown = without_login(uri) if database is None else f"sqlite:///{database}"
+    with patient(), as_site_error(shown, "the runs are untouched; longclip sync sends them later"):
         from mlflow import MlflowClient
 
         # After the import, which sets the level of its own loggers; alembic tells of every migration.
@@ -132,25 +130,28 @@ def _database(uri: str) -> Path | None:
     path = uri.removeprefix("sqlite:///").partition("?")[0]
     if not uri.startswith("sqlite:///") or not path:
         raise UserError(
-            f"MLflow URI {_without_login(uri)!r}: valid is http://HOST:PORT, https://HOST, or sqlite:///PATH/mlflow.db",
+            f"MLflow URI {without_login(uri)!r}: valid is http://HOST:PORT, https://HOST, or sqlite:///PATH/mlflow.db",
             "set tracking: in the site profile",
         )
     return Path(path).resolve()
 
 
-def _without_login(uri: str) -> str:
+def without_login(uri: str) -> str:
+    """``uri`` as it may be shown: without user and password."""
     return re.sub(r"//[^/@]*@", "//", uri)
 
 
 @contextlib.contextmanager
-def _patient() -> Iterator[None]:
+def patient(seconds: int = 20) -> Iterator[None]:
     """Short patience with servers while it lasts, where the user has not said otherwise.
 
+    One that does not answer in ``seconds``, twice, is given up; by default MLflow tries for a quarter of an hour.
     Telemetry stays off, and so do the links that MLflow prints to stdout, where a script may expect JSON.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    ours = {k: v for k, v in PATIENCE.items() if k not in os.environ}
+    ours = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds)}
+    ours = {k: v for k, v in ours.items() if k not in os.environ}
     os.environ.update(ours)
     try:
         yield
@@ -160,15 +161,14 @@ def _patient() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _as_site_error(shown: str) -> Iterator[None]:
+def as_site_error(shown: str, hint: str) -> Iterator[None]:
+    """What goes wrong with the store that is ``shown`` so, as one line."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # no boto3 for a server's artifacts
-        lines = _without_login(str(error)).strip().splitlines()
+        lines = without_login(str(error)).strip().splitlines()
         what = lines[0] if lines else type(error).__name__
-        raise SiteError(
-            f"MLflow at {shown}: {what[:300]}", "the runs are untouched; longclip sync sends them later"
-        ) from None
+        raise SiteError(f"MLflow at {shown}: {what[:300]}", hint) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import torch.distributed as dist
 
 # Functions of it, and of DeepSpeed, which would import it later, take the group of the moment as a default, for good.
 import torch.distributed.nn
+from torch.distributed.rendezvous import rendezvous as rendezvous_at
 
 from longclip.errors import SiteError
 
@@ -28,6 +30,8 @@ T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """torch's own (NCCL: 10 min) would end a slow step; hangs are noticed, and told better, by train/watch.py"""
+MEETING_TIMEOUT = timedelta(minutes=10)
+"""before the ranks have met nobody watches: a node that hangs at an import would keep the others for two hours"""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def start(rendezvous: str | None = None) -> Ranks:
     instead of MASTER_ADDR:MASTER_PORT. Without RANK in the environment this process is alone, and meets nobody.
 
     Raises SiteError where the launcher set only a part of the environment, or gave this rank a GPU that is not there.
+    Raises torch's DistError where a rank does not come within MEETING_TIMEOUT.
     """
     rank, size, local_rank = _identity(rendezvous)
     device = _device(local_rank)
@@ -87,13 +92,30 @@ def start(rendezvous: str | None = None) -> Ranks:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
         url = rendezvous or "env://"
-        dist.init_process_group(backend, init_method=url, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        store, _, _ = next(iter(rendezvous_at(url, rank, size, timeout=MEETING_TIMEOUT)))
+        _same_device(store, rank, size, device)
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+    # Without asking for the whole table, for which DeepSpeed would look at every extension: seconds, and lines in logs.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, dist_init_required=False)
     # ZeRO's collectives run on groups that DeepSpeed makes for itself, of which it names the ranks and no timeout
     # (deepspeed/comm/torch.py ``new_group``): torch would give up on those (NCCL: 10 min) before the watch is sure.
     deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=COLLECTIVE_TIMEOUT)
     return Ranks(rank, size, local_rank, device)
+
+
+def _same_device(store: Any, rank: int, size: int, device: torch.device) -> None:
+    """Raises SiteError on all ranks where some see a GPU and some do not: their backends would wait for each other.
+
+    ``store`` is the one at which they have met.
+    """
+    keys = [f"longclip/device/{other}" for other in range(size)]
+    store.set(keys[rank], f"{device.type} {socket.gethostname()}")
+    told = [value.decode().split(" ", 1) for value in store.multi_get(keys)]
+    if len({kind for kind, _ in told}) > 1:
+        blind = sorted({host for kind, host in told if kind == "cpu"})
+        raise SiteError(f"no GPU is to be seen on {', '.join(blind)}, and there are some for the other ranks")
 
 
 def leave(ranks: Ranks) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import subprocess
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
@@ -115,6 +117,17 @@ def test_global_batches_are_the_same_on_any_ranks_and_workers(shards: Path) -> N
     for ranks in (1, 2, 3, 4):
         for workers in (0, 1, 2, 3):
             assert global_batches(shards, ranks, workers, range(4)) == expected
+
+
+def test_a_signal_to_all_processes_is_for_the_one_that_trains(shards: Path) -> None:
+    """TERM at a preemption, from Slurm or torchrun: the run goes on to its next save, and needs its batches."""
+    source = reader(shards)
+    order = Order(source.dataset.sizes, seed=5, block=2)
+    stream = training_batches(source, order, (0.5, 1.0), 12, range(40), 0, 1, 1)
+    seen = [next(stream)]
+    workers = [str(child.pid) for child in multiprocessing.active_children() if child.daemon]
+    subprocess.run(["kill", "-TERM", *workers], check=True)  # torch tells a signal of the parent's from another's
+    assert len([*seen, *stream]) == 40 and workers
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60), st.integers(1, 8))

@@ -194,6 +194,20 @@ def test_shards_give_what_validation_gives(root: Path, model: DualEncoder) -> No
     assert {key: found.facts["metrics"][key] for key in expected} == pytest.approx(expected)
 
 
+def test_captions_of_the_same_tokens_tie(root: Path, model: DualEncoder) -> None:
+    """As in a suite, also where a caption's place in a batch changes its last bits: all are cut to the two specials."""
+    made, gallery = embedder(root, model, window=2), open_gallery(str(root / "shards"), "txt")
+    reader = Reader(gallery.dataset, made.tokenizer, made.pixels, Text("txt"))  # type: ignore[attr-defined]
+
+    def shaky(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        images, texts, *rest = model(*inputs)
+        return images, texts * (1 + 1e-6 * torch.arange(len(texts))[:, None]), *rest
+
+    found = evaluate(shaky, model, reader, 7, ALONE).facts
+    assert found["pairs"] == found["i2t_median_rank"] == found["i2t_mean_rank"] == 30
+    assert retrieve(made, task(), gallery).facts["metrics"]["i2t_mean_rank"] == 30
+
+
 def test_ranking_shows_signs_of_life(root: Path, model: DualEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation as a suite: of a large gallery the ranking may take longer than the watch waits."""
     made, gallery = embedder(root, model), open_gallery(str(root / "shards"), "txt")

@@ -299,6 +299,16 @@ def test_a_process_on_another_machine_is_not_touched(run: RunFolder) -> None:
     assert not (attempt.path / "cancelled.json").exists()
 
 
+def test_what_saved_on_another_machine_goes_on_here(run: RunFolder) -> None:
+    """``srun longclip train`` ends with "saved; the same command goes on", and the next job has another node."""
+    attempt = add_attempt(run, 0)
+    record = read_json(attempt.path / "submitted.json")
+    write_json(attempt.path / "submitted.json", {**record, "executor": "local", "host": "elsewhere", "job": "1"})
+    end(attempt, "interrupted", 100, START + 5)
+    ((status,), _) = statuses([run])
+    assert status.state == "interrupted"
+
+
 def test_two_sweeps_may_hold_the_same_run(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, experiment(), sweep) for sweep in ("a", "b")]
     for run in runs:
@@ -349,3 +359,20 @@ def test_ranks_of_a_restarted_job_that_do_not_meet(run: RunFolder, monkeypatch: 
     monkeypatch.setenv("SLURM_PROCID", "1")
     worker.note_failure(run, 1, TimeoutError("only 1 of 2 ranks came"))
     assert len(attempts_of(run)) == 3, "rank 0 says it for all"
+
+
+def test_ranks_that_do_not_meet_are_tried_again(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a job's first life as in a later one; but what the user must mend is not."""
+    for name, value in (("EXECUTOR", "slurm"), ("FOLDER", str(run.attempts / "0001/logs"))):
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_ID", "101")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setattr(worker, "_attempt", None)
+    mark = run.attempts / ".again-101"
+    new_attempt(run)
+    worker.note_failure(run, 1, UserError("no tokenizer"))
+    assert not mark.exists()
+    worker.note_failure(run, 1, TimeoutError("only 1 of 2 ranks came"))
+    (attempt,) = attempts_of(run)
+    assert mark.exists() and attempt.started is not None
+    assert (verdict := verdict_of(attempt)) is not None and verdict.kind == "crashed"

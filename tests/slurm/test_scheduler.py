@@ -69,3 +69,48 @@ def test_submit_from_inside_a_job(cluster: Cluster, tmp_path: Path) -> None:
 
     wait_until("the run's end", lambda: state() not in ("queued", "running", "starting"), 120)
     assert state() == "finished", longclip("logs", run.name, "--runs", tmp_path / "runs", cwd=tmp_path)
+
+
+def test_a_job_whose_submit_died_before_its_record_runs(cluster: Cluster, tmp_path: Path) -> None:
+    """Submitit names what it has pickled after the job only when sbatch has answered."""
+    sweep = make_sweep(tmp_path, (4,))
+    site = tmp_path / "held.yaml"
+    site.write_text("sbatch: {hold: true}\n")
+    short = ("--set", "slurm.tasks_per_node=1", "--set", "train.samples=240")
+    longclip("submit", sweep, *short, "--site", site, "--runs", tmp_path / "runs", cwd=tmp_path)
+    (run,) = runs_of(tmp_path / "runs")
+    (pickled,) = run.attempts.glob("0001/logs/*_submitted.pkl")
+    pickled.rename(pickled.with_name(f"{'5eed' * 8}.pkl"))
+    subprocess.run(["scontrol", "release", pickled.name.partition("_")[0]], check=True)
+    wait_until("the run's end", lambda: statuses([run])[0][0].state not in ("queued", "running"), 120)
+    assert statuses([run])[0][0].state == "finished"
+
+
+def test_the_profile_is_not_overridden_from_the_shell(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To sbatch SBATCH_TIMELIMIT goes before the script's own line. Of what the script does not say it stays valid."""
+    for name, value in (("TIMELIMIT", "7"), ("NO_REQUEUE", "1"), ("MEM_PER_CPU", "99M"), ("PARTITION", "pretend")):
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    monkeypatch.setenv("SQUEUE_PARTITION", "batch")
+    sweep = make_sweep(tmp_path, (4,))
+    longclip("submit", sweep, "--runs", tmp_path / "runs", cwd=tmp_path)
+    (run,) = runs_of(tmp_path / "runs")
+    (status,), _ = statuses([run])
+    assert status.state == "queued", "squeue was asked for all partitions"
+    said = subprocess.check_output(["scontrol", "show", "job", status.jobs[0]], text=True)
+    subprocess.run(["scancel", status.jobs[0]], check=True)
+    for fact in ("TimeLimit=00:20:00", "Requeue=1", "MinMemoryNode=2560M", "Partition=pretend"):
+        assert f"{fact} " in said.replace("\n", " ").replace("2.50G", "2560M"), said
+
+
+def test_a_chain_has_no_more_links_than_there_are_places(cluster: Cluster, tmp_path: Path) -> None:
+    wait_until("an empty queue", lambda: not subprocess.check_output(["squeue", "-h"]))
+    sweep = make_sweep(tmp_path, (4,))
+    site = tmp_path / "chain.yaml"
+    site.write_text("{restart: chain, links: 4, max_jobs: 3, partition: pretend}\n")
+    assert "queued" in longclip("submit", sweep, "--site", site, "--runs", tmp_path / "runs", cwd=tmp_path)
+    (run,) = runs_of(tmp_path / "runs")
+    (status,), _ = statuses([run])
+    assert len(status.jobs) == 3
+    subprocess.run(["scancel", *status.jobs], check=True)

@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from longclip.errors import UserError
+from longclip.errors import SiteError, UserError
 from longclip.train import engine
+from longclip.train import ranks as processes
 from longclip.train.ranks import COLLECTIVE_TIMEOUT
 from longclip.train.watch import LONGEST_LIMIT
 from tests.train.conftest import STAGES, Groups
@@ -154,3 +157,28 @@ def test_configuration() -> None:
         engine.deepspeed_config(in_three, 8)
     with pytest.raises(UserError, match="24, which does not divide among 5 ranks"):
         engine.deepspeed_config(asked, 5)
+
+
+FIRST_OF_TWO = """
+from datetime import timedelta
+from longclip.train import ranks
+ranks.MEETING_TIMEOUT = timedelta(seconds=3)
+ranks.start()
+"""
+
+
+def test_a_rank_that_never_comes_is_not_waited_for_as_long_as_for_a_collective() -> None:
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env |= {"MASTER_PORT": "0", "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", FIRST_OF_TWO], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "1/2 clients joined" in done.stderr, done.stderr
+
+
+def test_a_node_that_sees_no_gpu_is_named_and_not_waited_for() -> None:
+    """On all ranks: there gloo would be waited for, and NCCL elsewhere."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    store.set("longclip/device/0", "cuda n1")
+    for other, kind in ((0, "cuda"), (1, "cpu")):
+        store.set("longclip/device/1", "cpu n2")
+        with pytest.raises(SiteError, match="no GPU is to be seen on"):
+            processes._same_device(store, other, 2, torch.device(kind))

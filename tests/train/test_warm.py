@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from longclip.errors import LongclipError, UserError
 from longclip.experiment.schema import Init, Model
@@ -160,6 +161,27 @@ name: ctx512
 model: {context_length: 512, text: {positions: stretch}, init: {from: "run:ctx77@best"}}
 train: {samples: 24, lr: 1.0e-12}
 """
+
+
+def test_a_sweep_is_retried_in_which_a_parent_s_name_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longclip import cli, submission
+    from longclip.experiment.load import load as read
+    from longclip.launch.plan import plan
+    from longclip.launch.site import find_site
+
+    sweep = make_sweep(tmp_path, ())
+    (sweep / "parent.yaml").write_text(PARENT)
+    (sweep / "child.yaml").write_text(CHILD.replace("name: ctx512", "name: adapted"))
+    asked = read([sweep / "child.yaml", sweep / "parent.yaml"])
+    for one in plan(asked, find_site(None, tmp_path / "runs")):
+        one.run.create(one.experiment, one.identity, dict(one.axes))
+    carried: list[str] = []
+    monkeypatch.setattr(submission, "carry_out", lambda plans, *_: carried.extend(p.run.label for p in plans))
+    done = CliRunner().invoke(cli.app, ["retry", "small", "--runs", str(tmp_path / "runs")])
+    assert done.exit_code == 0, done.output
+    assert carried == ["ctx77", "adapted"]
 
 
 @pytest.mark.slow
