@@ -362,9 +362,12 @@ def _unmet(record: RunFolder, number: int, error: BaseException) -> Attempt | No
     a minute, a port that was taken. What the user must mend is not tried again.
     """
     attempt = Attempt(record.attempts / f"{number:04d}")
-    if attempt.started is None and (not restart.in_slurm() or isinstance(error, (OtherCode, UserError))):
+    claims = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    if attempt.started is None and not (
+        claims and restart.in_slurm() and not isinstance(error, (OtherCode, UserError))
+    ):
         return attempt
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+    if not claims:
         return None
     facts = {"nodes": [os.environ.get("SLURMD_NODENAME") or socket.gethostname()], "code": code_hash()}
     try:

@@ -48,7 +48,8 @@ def _give_way(one: Trial) -> None:
 
 @pytest.mark.parametrize("user_signal", [True, False])
 def test_preemption_with_requeue(trial: Make, undisturbed: Record, user_signal: bool) -> None:
-    one = trial({"slurm.partition": "preempt"})
+    """USR2, or TERM, reaches all processes of the job here, the loader's workers too."""
+    one = trial({"slurm.partition": "preempt", "engine.loader_workers": 1})
     with _slurm_conf(one, "SlurmctldParameters=preempt_send_user_signal", "", when=not user_signal):
         one.submit()
         one.wait_for(3_000)

@@ -371,7 +371,10 @@ def test_ranks_that_do_not_meet_are_tried_again(run: RunFolder, monkeypatch: pyt
     mark = run.attempts / ".again-101"
     new_attempt(run)
     worker.note_failure(run, 1, UserError("no tokenizer"))
-    assert not mark.exists()
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    worker.note_failure(run, 1, SiteError("local rank 1 has no GPU"))
+    assert not mark.exists() and (verdict := verdict_of(attempts_of(run)[0])) is not None, "told by the rank that knows"
+    monkeypatch.setenv("SLURM_PROCID", "0")
     worker.note_failure(run, 1, TimeoutError("only 1 of 2 ranks came"))
     (attempt,) = attempts_of(run)
     assert mark.exists() and attempt.started is not None
